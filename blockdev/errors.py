@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong between a blob and a block device.
+
+BlockdevError
+├── FormatError          the tar or the layer file breaks a rule of its format
+├── CompressionError     the compressed stream is truncated, corrupt or followed by foreign bytes
+├── UnsupportedError     well formed, but of a kind that no format of ours can express or read
+├── LimitExceeded        a configured bound; the message names it
+├── DigestMismatch       bytes that do not have the digest or size they were asked for by
+├── BuildFailed          a worker died, or the disk failed it
+│   └── NoSpace          the file system of the staged file is full
+└── KernelError          a system call refused
+    └── ToolFailed       an outside program refused, in its own words
+"""
+
+from __future__ import annotations
+
+
+class BlockdevError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class FormatError(BlockdevError):
+    pass
+
+
+class CompressionError(BlockdevError):
+    pass
+
+
+class UnsupportedError(BlockdevError):
+    pass
+
+
+class LimitExceeded(BlockdevError):
+    pass
+
+
+class DigestMismatch(BlockdevError):
+    pass
+
+
+class BuildFailed(BlockdevError):
+    pass
+
+
+class NoSpace(BuildFailed):
+    pass
+
+
+class KernelError(BlockdevError):
+    pass
+
+
+class ToolFailed(KernelError):
+    def __init__(self, argv: tuple[str, ...], status: int, words: str) -> None:
+        super().__init__(f"{argv[0]} ended with status {status}: {words.strip() or 'no message'}")
+        self.argv, self.status, self.words = argv, status, words

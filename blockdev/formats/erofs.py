@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EROFS on-disk records, as far as our formats use them (Linux: fs/erofs/erofs_fs.h).
+
+All integers are little-endian. The byte tables are in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import ClassVar, Final, Self
+
+from blockdev.errors import FormatError
+from verity.buffers import Buffer
+
+SUPERBLOCK_OFFSET_BYTES: Final = 1024
+MAGIC: Final = 0xE0F5E1E2
+COMPAT_SB_CHKSUM: Final = 0x1
+COMPAT_MTIME: Final = 0x2
+
+LAYOUT_PLAIN: Final = 0
+LAYOUT_INLINE: Final = 2
+NID_UNIT_BYTES: Final = 32
+INODE_BYTES: Final = 64
+XATTR_HEADER_BYTES: Final = 12
+
+FILE_TYPES: Final = {
+    0o100000: 1,
+    0o040000: 2,
+    0o020000: 3,
+    0o060000: 4,
+    0o010000: 5,
+    0o140000: 6,
+    0o120000: 7,
+}
+
+DIRENT: Final = struct.Struct("<QHBx")
+# i_format, i_xattr_icount, i_mode, reserved, i_size, i_u, i_ino, i_uid, i_gid, i_mtime, i_mtime_nsec, i_nlink
+INODE: Final = struct.Struct("<HHH2xQIIIIqII16x")
+XATTR_ENTRY: Final = struct.Struct("<BBH")
+assert DIRENT.size == 12
+assert INODE.size == INODE_BYTES
+
+_XATTR_PREFIXES: Final = ((b"user.", 1), (b"trusted.", 4), (b"security.", 6))
+_XATTR_WHOLE: Final = {b"system.posix_acl_access": 2, b"system.posix_acl_default": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """The 128 bytes at 1024. Block counts and addresses are in blocks of 1 << block_bits bytes."""
+
+    block_bits: int
+    root_nid: int
+    inodes: int
+    blocks: int
+    meta_block: int
+    uuid: bytes
+    checksum: int = 0
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23x")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(
+            MAGIC, self.checksum, COMPAT_SB_CHKSUM | COMPAT_MTIME, self.block_bits, 0, self.root_nid, self.inodes,
+            0, 0, self.blocks, self.meta_block, 0, self.uuid, b"", 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """Raises FormatError on anything but a superblock with exactly our features."""
+        fields = cls.LAYOUT.unpack(raw[: cls.LAYOUT.size])
+        magic, checksum, compat, bits, ext, root_nid, inodes, _, _, blocks, meta, xattr, uuid, _, incompat = fields[:15]
+        if magic != MAGIC:
+            raise FormatError("no EROFS superblock")
+        if (compat, ext, xattr, incompat) != (COMPAT_SB_CHKSUM | COMPAT_MTIME, 0, 0, 0):
+            raise FormatError(f"EROFS features not ours: compat {compat:#x}, incompat {incompat:#x}")
+        return cls(bits, root_nid, inodes, blocks, meta, uuid, checksum)
+
+
+assert Superblock.LAYOUT.size == 128
+
+
+def _crc32c_table() -> tuple[int, ...]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return tuple(table)
+
+
+_CRC32C: Final = _crc32c_table()
+
+
+def crc32c(data: Buffer) -> int:
+    """CRC-32C as the kernel's crc32c(~0, …): no final inversion (fs/erofs/super.c)."""
+    crc = 0xFFFFFFFF
+    for byte in memoryview(data):
+        crc = (crc >> 8) ^ _CRC32C[(crc ^ byte) & 0xFF]
+    return crc
+
+
+def encode_device(major: int, minor: int) -> int:
+    """The kernel's new_encode_dev (include/linux/kdev_t.h)."""
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+def xattr_body(xattrs: dict[bytes, bytes] | None) -> bytes:
+    """Inline xattr area, entries ordered by (name index, name); empty without xattrs."""
+    if not xattrs:
+        return b""
+    entries = []
+    for name, value in xattrs.items():
+        index = _XATTR_WHOLE.get(name)
+        rest = b""
+        if index is None:
+            for prefix, number in _XATTR_PREFIXES:
+                if name.startswith(prefix):
+                    index, rest = number, name[len(prefix) :]
+        if index is None:
+            raise FormatError(f"xattr {name[:80]!r} has no name index")
+        entries.append((index, rest, value))
+    out = bytearray(XATTR_HEADER_BYTES)
+    for index, rest, value in sorted(entries):
+        out += XATTR_ENTRY.pack(len(rest), index, len(value)) + rest + value
+        out += bytes(-len(out) % 4)
+    return bytes(out)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file tree of one layer: what its members, in their order, leave behind. Metadata only.
+
+The rules are containerd's unpacker's onto an overlay upper directory; docs/formats.md ("Reading the
+tar stream") lists them with the exceptions. A layer cannot see the layers below it, so a whiteout
+stays a mark and a directory without an entry of its own is made and remembered as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from blockdev.errors import FormatError, LimitExceeded
+from blockdev.formats.limits import Limits
+from blockdev.formats.tar import Member, MemberType
+
+NAME_BYTES_MAX: Final = 255
+LINK_TEXT_BYTES_MAX: Final = 4095
+MAJORS: Final = 1 << 12
+MINORS: Final = 1 << 20
+_HOPS_MAX: Final = 255  # symlinks followed for one path; the kernel stops at 40, Go's unpacker at 255
+_WHITEOUT: Final = b".wh."
+_WHITEOUT_META: Final = b".wh..wh."
+_OPAQUE: Final = b".wh..wh..opq"
+_CAPABILITY: Final = b"security.capability"
+
+S_IFSOCK: Final = 0o140000
+S_IFLNK: Final = 0o120000
+S_IFREG: Final = 0o100000
+S_IFBLK: Final = 0o060000
+S_IFDIR: Final = 0o040000
+S_IFCHR: Final = 0o020000
+S_IFIFO: Final = 0o010000
+
+_FORMAT_BITS: Final = {
+    MemberType.FILE: S_IFREG,
+    MemberType.SYMLINK: S_IFLNK,
+    MemberType.CHAR: S_IFCHR,
+    MemberType.BLOCK: S_IFBLK,
+    MemberType.FIFO: S_IFIFO,
+}
+
+
+class Inode:
+    """A non-directory. `mode` is a whole st_mode; `size_bytes` and `tar_offset_bytes` are for files."""
+
+    __slots__ = ("gid", "link", "mode", "mtime", "nlink", "number", "rdev", "size_bytes", "tar_offset_bytes", "uid",
+                 "xattrs")  # fmt: skip
+
+    def __init__(self, mode: int, uid: int = 0, gid: int = 0, mtime: tuple[int, int] = (0, 0)) -> None:
+        self.mode, self.uid, self.gid, self.mtime = mode, uid, gid, mtime
+        self.size_bytes = self.tar_offset_bytes = 0
+        self.rdev = (0, 0)
+        self.link = b""
+        self.xattrs: dict[bytes, bytes] | None = None
+        self.nlink = 0
+        self.number = -1  # place in the canonical order, once it has one
+
+
+class Directory(Inode):
+    """`explicit`: has an entry of its own; `whiteouts`: names of lower layers that are gone."""
+
+    __slots__ = ("children", "explicit", "opaque", "whiteouts")
+
+    def __init__(self) -> None:
+        super().__init__(S_IFDIR | 0o755)
+        self.children: dict[bytes, Inode] = {}
+        self.explicit = False
+        self.opaque = False
+        self.whiteouts: set[bytes] | None = None
+
+
+class FileTree:
+    """Apply members with `add`, then `finish`. Raises FormatError and LimitExceeded, naming the member."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.root = Directory()
+        self._metadata_bytes = 0
+        # Archives list a directory's members together: the last parent is usually the next one too.
+        self._last_parent: tuple[bytes, Directory] | None = None
+        self.dropped_xattrs = 0
+        self.invented_directories = 0
+
+    def add(self, member: Member) -> None:
+        self._metadata_bytes += len(member.name) + len(member.link) + 64
+        if self._metadata_bytes > self._limits.metadata_bytes:
+            raise LimitExceeded(f"names and attributes exceed {self._limits.metadata_bytes} bytes")
+        try:
+            self._add(member)
+        except FormatError as error:
+            raise FormatError(f"member {member.name[:200]!r}: {error}") from None
+
+    def _add(self, member: Member) -> None:
+        parent_path, _, base = member.name.rstrip(b"/").rpartition(b"/")
+        if base in (b"", b".", b".."):
+            # Rare: let the general rule find the last real component.
+            parts = self._split(member.name)
+            if not parts:
+                return
+            base = parts.pop()
+            parent_path = b"/".join(parts)
+        elif len(base) > NAME_BYTES_MAX:
+            raise FormatError(f"name component of {len(base)} bytes")
+        last = self._last_parent
+        if last is not None and last[0] == parent_path:
+            parent = last[1]
+        else:
+            parent = self._directory(self._split(parent_path))
+            self._last_parent = (parent_path, parent)
+
+        if base.startswith(_WHITEOUT):
+            self._whiteout(parent, base)
+            return
+        if member.type is MemberType.DIRECTORY:
+            self._add_directory(parent, base, member)
+        elif member.type is MemberType.HARDLINK:
+            self._add_hardlink(parent, base, member)
+        else:
+            self._replace(parent, base, self._inode(member))
+
+    @staticmethod
+    def _split(path: bytes) -> list[bytes]:
+        parts = [part for part in path.split(b"/") if part and part != b"."]
+        for part in parts:
+            if part == b"..":
+                raise FormatError("'..' in a path")
+            if len(part) > NAME_BYTES_MAX:
+                raise FormatError(f"name component of {len(part)} bytes")
+        return parts
+
+    def _directory(self, parts: list[bytes]) -> Directory:
+        found = self._walk(parts, make=True)
+        assert found is not None
+        return found
+
+    def _walk(self, parts: list[bytes], *, make: bool) -> Directory | None:
+        """The directory at `parts`, symlinks followed inside the layer's root."""
+        stack = [self.root]
+        todo = parts[::-1]
+        hops = 0
+        while todo:
+            name = todo.pop()
+            if not name or name == b".":
+                continue
+            if name == b"..":
+                if len(stack) > 1:
+                    stack.pop()
+                continue
+            child = stack[-1].children.get(name)
+            if child is None:
+                if not make:
+                    return None
+                if len(name) > NAME_BYTES_MAX:
+                    raise FormatError(f"name component of {len(name)} bytes")
+                self.invented_directories += 1
+                if self.invented_directories > self._limits.entries:
+                    raise LimitExceeded(f"more than {self._limits.entries} directories without entries")
+                child = stack[-1].children[name] = Directory()
+            if isinstance(child, Directory):
+                stack.append(child)
+            elif child.link:
+                hops += 1
+                if hops > _HOPS_MAX:
+                    raise FormatError("too many symlinks in the path of a parent")
+                if child.link.startswith(b"/"):
+                    del stack[1:]
+                todo += child.link.split(b"/")[::-1]
+            else:
+                raise FormatError(f"parent is not a directory: {name!r}")
+        return stack[-1]
+
+    def _whiteout(self, parent: Directory, base: bytes) -> None:
+        if base == _OPAQUE:
+            parent.opaque = True
+        elif not base.startswith(_WHITEOUT_META):
+            name = base[len(_WHITEOUT) :]
+            if name in (b"", b".", b".."):
+                raise FormatError(f"whiteout of no name: {base!r}")
+            if parent.whiteouts is None:
+                parent.whiteouts = set()
+            parent.whiteouts.add(name)
+
+    def _add_directory(self, parent: Directory, base: bytes, member: Member) -> None:
+        node = parent.children.get(base)
+        if not isinstance(node, Directory):
+            node = Directory()
+            self._replace(parent, base, node)
+        node.mode = S_IFDIR | member.mode
+        node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime
+        node.explicit = True
+        self._join_xattrs(node, member.xattrs)
+
+    def _add_hardlink(self, parent: Directory, base: bytes, member: Member) -> None:
+        if base in parent.children:
+            self._replace(parent, base, None)
+        parts = self._split(member.link)
+        target: Inode | None = None
+        if parts:
+            holder = self._walk(parts[:-1], make=False)
+            target = holder.children.get(parts[-1]) if holder else None
+        if target is None:
+            raise FormatError(f"hardlink target not earlier in this layer: {member.link[:200]!r}")
+        if isinstance(target, Directory):
+            raise FormatError(f"hardlink to a directory: {member.link[:200]!r}")
+        parent.children[base] = target
+        target.uid, target.gid, target.mtime = member.uid, member.gid, member.mtime
+        if not target.link:
+            target.mode = (target.mode & 0o170000) | member.mode
+        if target.xattrs:
+            target.xattrs.pop(_CAPABILITY, None)
+        self._join_xattrs(target, member.xattrs)
+
+    def _inode(self, member: Member) -> Inode:
+        node = Inode(_FORMAT_BITS[member.type] | member.mode, member.uid, member.gid, member.mtime)
+        if member.type is MemberType.FILE:
+            node.size_bytes, node.tar_offset_bytes = member.size_bytes, member.data_offset_bytes
+        elif member.type is MemberType.SYMLINK:
+            if not 1 <= len(member.link) <= LINK_TEXT_BYTES_MAX:
+                raise FormatError(f"symlink text of {len(member.link)} bytes")
+            node.link = member.link
+            node.mode = S_IFLNK | 0o777
+        elif member.type is not MemberType.FIFO:
+            if not 0 <= member.major < MAJORS or not 0 <= member.minor < MINORS:
+                raise FormatError(f"device number out of range: {member.major}:{member.minor}")
+            node.rdev = (member.major, member.minor)
+        self._join_xattrs(node, member.xattrs)
+        return node
+
+    def _replace(self, parent: Directory, base: bytes, node: Inode | None) -> None:
+        old = parent.children.get(base)
+        if isinstance(old, Directory) or (old is not None and old.link):
+            self._last_parent = None  # it may have led through what goes now
+        if node is None:
+            del parent.children[base]
+        else:
+            parent.children[base] = node
+
+    def _join_xattrs(self, node: Inode, xattrs: dict[bytes, bytes]) -> None:
+        for name, value in xattrs.items():
+            if not _representable(name, node.mode):
+                self.dropped_xattrs += 1
+                continue
+            if len(name.partition(b".")[2]) > 255 or len(value) > 0xFFFF:
+                raise FormatError(f"xattr {name[:80]!r} of {len(value)} bytes is over the format's limit")
+            if node.xattrs is None:
+                node.xattrs = {}
+            node.xattrs[name] = value
+            self._metadata_bytes += len(name) + len(value)
+        if node.xattrs and sum(len(n) + len(v) + 8 for n, v in node.xattrs.items()) > self._limits.xattr_bytes:
+            raise LimitExceeded(f"xattrs of one file exceed {self._limits.xattr_bytes} bytes")
+
+    def finish(self) -> list[Inode]:
+        """Turn marks into nodes and number the inodes: the canonical order, breadth first by name.
+
+        Each inode stands at its first name; nlink is set. Call once.
+        """
+        self._last_parent = None
+        self.root.number = 0
+        order: list[Inode] = [self.root]
+        for node in order:  # grows while it is walked: that is the breadth-first queue
+            if not isinstance(node, Directory):
+                continue
+            for name in node.whiteouts or ():
+                existing = node.children.get(name)
+                if existing is None:
+                    node.children[name] = Inode(S_IFCHR)
+                elif isinstance(existing, Directory):
+                    existing.opaque = True
+            if node.opaque:
+                node.xattrs = {**(node.xattrs or {}), b"trusted.overlay.opaque": b"y"}
+            node.nlink = 2
+            for _, child in sorted_children(node):
+                if isinstance(child, Directory):
+                    node.nlink += 1
+                else:
+                    child.nlink += 1
+                if child.number < 0:
+                    child.number = len(order)
+                    order.append(child)
+        return order
+
+
+def sorted_children(node: Directory) -> Iterator[tuple[bytes, Inode]]:
+    """Children in bytewise name order."""
+    children = node.children
+    for name in sorted(children):
+        yield name, children[name]
+
+
+def _representable(name: bytes, mode: int) -> bool:
+    """Whether EROFS has a name index for the attribute and the kernel would show it on such a file."""
+    if name in (b"system.posix_acl_access", b"system.posix_acl_default"):
+        return True
+    prefix, _, rest = name.partition(b".")
+    if not rest:
+        return False
+    if prefix == b"user":
+        return mode & 0o170000 in (S_IFREG, S_IFDIR)
+    return prefix == b"security"

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming tar scanner: bytes in, members out; file data is stepped over, never held.
+
+Reads what containerd's unpacker (Go's archive/tar) accepts and refuses what it refuses, with the
+exceptions of docs/formats.md. Sources: POSIX.1-2017 pax, "ustar Interchange Format"; GNU tar manual,
+"Basic Tar Format"; star(5) for the trailer `tar\\0` at byte 508.
+
+    offset size field            offset size field
+    0      100  name             257    8    magic and version
+    100    8    mode             265    32   uname (not used)
+    108    8    uid              297    32   gname (not used)
+    116    8    gid              329    8    devmajor
+    124    12   size             337    8    devminor
+    136    12   mtime            345    155  prefix (ustar; star: 131)
+    148    8    checksum         508    4    `tar\\0` (star)
+    156    1    type
+    157    100  linkname
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from blockdev.errors import FormatError, LimitExceeded, UnsupportedError
+from blockdev.formats.limits import Limits
+from verity.buffers import Buffer
+
+RECORD_BYTES: Final = 512
+_ZERO_RECORD: Final = bytes(RECORD_BYTES)
+_OCTAL: Final = re.compile(rb"[0-7]+\Z")
+_DECIMAL: Final = re.compile(rb"[+-]?[0-9]+\Z")
+# Go's time parser: seconds with an optional sign, and a fraction that may be empty.
+_PAX_TIME: Final = re.compile(rb"([+-]?[0-9]+)(?:\.([0-9]*))?\Z")
+_MAX_64: Final = 1 << 63
+_XATTR_PREFIX: Final = b"SCHILY.xattr."
+# Last time that counts: 9223372036.854775807 s, Go's largest nanosecond count.
+_LAST_TIME: Final = (9223372036, 854775807)
+_PLAIN_TEXT_KEYS: Final = frozenset((b"path", b"linkpath", b"uname", b"gname"))
+
+
+class MemberType(enum.Enum):
+    FILE = "file"
+    HARDLINK = "hardlink"
+    SYMLINK = "symlink"
+    CHAR = "char"
+    BLOCK = "block"
+    DIRECTORY = "directory"
+    FIFO = "fifo"
+
+
+_TYPES: Final = {
+    0x30: MemberType.FILE,
+    0x00: MemberType.FILE,
+    0x31: MemberType.HARDLINK,
+    0x32: MemberType.SYMLINK,
+    0x33: MemberType.CHAR,
+    0x34: MemberType.BLOCK,
+    0x35: MemberType.DIRECTORY,
+    0x36: MemberType.FIFO,
+}
+_EXTENSIONS: Final = {0x78: "x", 0x67: "g", 0x4C: "L", 0x4B: "K"}
+
+
+@dataclass(slots=True)
+class Member:
+    """One member as its headers, together, describe it. Names are raw bytes, not yet split."""
+
+    type: MemberType
+    name: bytes
+    link: bytes
+    mode: int
+    uid: int
+    gid: int
+    mtime: tuple[int, int]  # seconds, nanoseconds; in [0, _LAST_TIME]
+    major: int
+    minor: int
+    size_bytes: int
+    data_offset_bytes: int  # from the start of the tar
+    xattrs: dict[bytes, bytes]
+
+
+def _cut(field: bytes) -> bytes:
+    """A text field: up to the first NUL."""
+    return field.split(b"\0", 1)[0]
+
+
+def _number(field: bytes, what: str) -> int:
+    """Octal text or GNU base-256 of up to 64 bits. Raises FormatError."""
+    first = field[0]
+    if first & 0x80:
+        value = int.from_bytes(field, "big")
+        bits = 8 * len(field)
+        if first & 0x40:
+            value -= 1 << bits  # two's complement of the whole field, marker bit included
+        else:
+            value &= (1 << (bits - 1)) - 1
+        if not -_MAX_64 <= value < _MAX_64:
+            raise FormatError(f"{what} does not fit 64 bits")
+        return value
+    text = _cut(field.strip(b" \0"))
+    if not text:
+        return 0
+    # Go trims blanks and NULs at both ends and then cuts at the first NUL.
+    if not _OCTAL.match(text):
+        raise FormatError(f"{what} is no number: {field!r}")
+    value = int(text, 8)
+    if value >= 1 << 64:
+        raise FormatError(f"{what} does not fit 64 bits")
+    # Go parses unsigned and converts: the upper half comes out negative.
+    return value - (1 << 64) if value >= _MAX_64 else value
+
+
+def _pax_number(value: bytes, key: str) -> int:
+    if not _DECIMAL.match(value) or len(value) > 40:
+        raise FormatError(f"pax {key} is no decimal number: {value[:40]!r}")
+    number = int(value)
+    if not -_MAX_64 <= number < _MAX_64:
+        raise FormatError(f"pax {key} does not fit 64 bits")
+    return number
+
+
+def _pax_time(value: bytes) -> tuple[int, int]:
+    match = _PAX_TIME.match(value)
+    if not match or len(match[1]) > 40:
+        raise FormatError(f"pax mtime is no time: {value[:40]!r}")
+    seconds = int(match[1])
+    if not -_MAX_64 <= seconds < _MAX_64:
+        raise FormatError("pax mtime does not fit 64 bits")
+    nanoseconds = int((match[2] or b"0")[:9].ljust(9, b"0"))
+    if match[1].startswith(b"-") and nanoseconds:
+        seconds, nanoseconds = seconds - 1, 1_000_000_000 - nanoseconds
+    return seconds, nanoseconds
+
+
+def parse_pax(body: bytes) -> dict[bytes, bytes]:
+    """Records of one extended header, the last of a repeated key winning. Raises FormatError."""
+    records: dict[bytes, bytes] = {}
+    position, end = 0, len(body)
+    while position < end:
+        blank = body.find(b" ", position, position + 21)
+        digits = body[position:blank] if blank > 0 else b""
+        if not digits.isdigit():
+            raise FormatError("pax record without a length")
+        length = int(digits)
+        stop = position + length
+        if length < 5 or stop > end or body[stop - 1 : stop] != b"\n" or blank >= stop:
+            raise FormatError("pax record of a wrong length")
+        key, equals, value = body[blank + 1 : stop - 1].partition(b"=")
+        if not equals or not key or b"\0" in key or (key in _PLAIN_TEXT_KEYS and b"\0" in value):
+            raise FormatError(f"malformed pax record {key[:40]!r}")
+        records[key] = value
+        position = stop
+    return records
+
+
+class TarScanner:
+    """Push parser: `feed` it the stream in pieces of any size, then `close` it.
+
+    `on_member` is called once a member's headers are complete, before its data has passed. Both
+    methods raise FormatError, UnsupportedError or LimitExceeded; the message names the member and
+    its offset. `dirty_padding` counts members whose padding is not zero.
+    """
+
+    def __init__(self, on_member: Callable[[Member], None], limits: Limits) -> None:
+        self._on_member = on_member
+        self._limits = limits
+        self._offset = 0  # of the next byte to be fed, from the start of the tar
+        self._partial = bytearray()
+        self._skip = 0  # bytes of data and padding still to step over
+        self._padding = 0  # how many of them, at the end, are padding
+        self._padding_dirty = False  # already counted for this member
+        self._zero_records = 0
+        self._ended = False
+        self._extension: tuple[str, int] | None = None
+        self._body = bytearray()
+        self._pax: dict[bytes, bytes] | None = None
+        self._long_name: bytes | None = None
+        self._long_link: bytes | None = None
+        self.members = 0
+        self.dirty_padding = 0
+
+    def feed(self, data: Buffer) -> None:
+        view = memoryview(data)
+        position, end = 0, len(view)
+        while position < end:
+            if self._ended:
+                break  # two zero blocks: all that follows is opaque
+            if self._skip:
+                position = self._step_over(view, position, end)
+                continue
+            if self._extension is not None:
+                position = self._collect(view, position, end)
+                continue
+            have = len(self._partial)
+            if have:
+                take = min(RECORD_BYTES - have, end - position)
+                self._partial += view[position : position + take]
+                position += take
+                if len(self._partial) < RECORD_BYTES:
+                    break
+                record = bytes(self._partial)
+                self._partial.clear()
+            elif end - position >= RECORD_BYTES:
+                record = bytes(view[position : position + RECORD_BYTES])
+                position += RECORD_BYTES
+            else:
+                self._partial += view[position:end]
+                position = end
+                break
+            self._record(record, self._offset + position)
+        self._offset += end
+
+    def close(self) -> None:
+        """End of stream. Raises FormatError where the tar is cut short."""
+        if self._ended:
+            return
+        if self._extension is not None:
+            raise FormatError(f"tar ends inside an extended header, at byte {self._offset}")
+        if self._skip > self._padding:
+            raise FormatError(f"tar ends inside a member's data, at byte {self._offset}")
+        if self._partial:
+            raise FormatError(f"tar ends inside a header, at byte {self._offset}")
+
+    def _step_over(self, view: memoryview, position: int, end: int) -> int:
+        take = min(self._skip, end - position)
+        if self._padding:
+            # Only the padding is looked at; mmap of a file's last page shows it.
+            first = max(0, self._skip - self._padding)
+            if take > first and not self._padding_dirty and any(view[position + first : position + take]):
+                self._padding_dirty = True
+                self.dirty_padding += 1
+        self._skip -= take
+        if self._skip < self._padding:
+            self._padding = self._skip
+        return position + take
+
+    def _collect(self, view: memoryview, position: int, end: int) -> int:
+        assert self._extension is not None
+        kind, size = self._extension
+        take = min(size - len(self._body), end - position)
+        self._body += view[position : position + take]
+        position += take
+        if len(self._body) == size:
+            self._extension = None
+            self._skip = self._padding = -size % RECORD_BYTES
+            self._extend(kind, bytes(self._body))
+            self._body = bytearray()
+        return position
+
+    def _extend(self, kind: str, body: bytes) -> None:
+        if kind == "x":
+            self._pax = parse_pax(body)
+            for key in self._pax:
+                if key.startswith(b"GNU.sparse."):
+                    raise UnsupportedError(f"pax sparse member before byte {self._offset}")
+        elif kind == "g":
+            parse_pax(body)  # malformed ones are refused; well formed ones change nothing
+            self._pax = self._long_name = self._long_link = None
+        elif kind == "L":
+            self._long_name = _cut(body)
+        else:
+            self._long_link = _cut(body)
+
+    def _record(self, record: bytes, end_offset: int) -> None:
+        at = end_offset - RECORD_BYTES
+        if record == _ZERO_RECORD:
+            self._zero_records += 1
+            self._ended = self._zero_records == 2
+            return
+        if self._zero_records:
+            raise FormatError(f"bytes after a single zero block, at byte {at}")
+        try:
+            self._header(record, end_offset)
+        except FormatError as error:
+            raise FormatError(f"tar header at byte {at} ({_cut(record[:100])[:60]!r}): {error}") from None
+
+    def _header(self, record: bytes, end_offset: int) -> None:
+        stored = _number(record[148:156], "checksum")
+        blanked = record[:148] + b"        " + record[156:]
+        unsigned = sum(blanked)
+        # Some old tars summed signed characters: each byte over 127 counts 256 less.
+        if stored != unsigned and stored != unsigned - 256 * sum(byte > 127 for byte in blanked):
+            raise FormatError("bad header checksum")
+        magic = record[257:265]
+        ustar = magic[:6] == b"ustar\0"
+        typeflag = record[156]
+        size = _number(record[124:136], "size")
+        mode = _number(record[100:108], "mode")
+        uid = _number(record[108:116], "uid")
+        gid = _number(record[116:124], "gid")
+        mtime = _number(record[136:148], "mtime")
+        major = minor = 0
+        if ustar or magic == b"ustar  \0":
+            major = _number(record[329:337], "devmajor")
+            minor = _number(record[337:345], "devminor")
+        extension = _EXTENSIONS.get(typeflag)
+        if extension is not None:
+            if size < 0:
+                raise FormatError("negative size")
+            if size > self._limits.extended_header_bytes:
+                raise LimitExceeded(
+                    f"extended header of {size} bytes, over the limit of {self._limits.extended_header_bytes}"
+                )
+            self._extension = (extension, size)
+            if not size:
+                self._extension = None
+                self._extend(extension, b"")
+            return
+        pax, self._pax = self._pax or {}, None
+        long_name, self._long_name = self._long_name, None
+        long_link, self._long_link = self._long_link, None
+
+        name = _cut(record[:100])
+        if ustar:
+            prefix = _cut(record[345 : 476 if record[508:512] == b"tar\0" else 500])
+            if prefix:
+                name = prefix + b"/" + name
+        link = _cut(record[157:257])
+        nanoseconds = 0
+        xattrs: dict[bytes, bytes] = {}
+        for key, value in pax.items():
+            if key.startswith(_XATTR_PREFIX):
+                xattrs[key[len(_XATTR_PREFIX) :]] = value
+            elif not value:
+                continue
+            elif key == b"path":
+                name = value
+            elif key == b"linkpath":
+                link = value
+            elif key == b"size":
+                size = _pax_number(value, "size")
+            elif key == b"uid":
+                uid = _pax_number(value, "uid")
+            elif key == b"gid":
+                gid = _pax_number(value, "gid")
+            elif key == b"mtime":
+                mtime, nanoseconds = _pax_time(value)
+        if long_name:
+            name = long_name
+        if long_link:
+            link = long_link
+
+        member_type = _TYPES.get(typeflag)
+        if member_type is None:
+            kind = "GNU sparse" if typeflag == 0x53 else f"type {bytes((typeflag,))!r}"
+            raise UnsupportedError(f"{kind} member {name[:200]!r} at byte {end_offset - RECORD_BYTES}")
+        if typeflag == 0 and name.endswith(b"/"):
+            member_type = MemberType.DIRECTORY
+        if size < 0:
+            raise FormatError("negative size")
+        if typeflag in (0x30, 0x00):
+            follows = size
+        else:
+            follows = size = 0
+        if member_type is MemberType.DIRECTORY:
+            size = 0
+        if end_offset + follows > self._limits.tar_bytes:
+            raise LimitExceeded(
+                f"member {name[:200]!r} of {follows} bytes is over the layer limit of {self._limits.tar_bytes} bytes"
+            )
+        if not 0 <= uid <= 0xFFFFFFFE or not 0 <= gid <= 0xFFFFFFFE:
+            raise FormatError(f"id out of range: uid {uid}, gid {gid}")
+        if not (0, 0) <= (mtime, nanoseconds) <= _LAST_TIME:
+            mtime = nanoseconds = 0
+        if len(name) > self._limits.path_bytes:
+            raise LimitExceeded(f"path of {len(name)} bytes, over the limit of {self._limits.path_bytes}")
+        self.members += 1
+        if self.members > self._limits.entries:
+            raise LimitExceeded(f"more than {self._limits.entries} entries")
+        self._padding = -follows % RECORD_BYTES
+        self._padding_dirty = False
+        self._skip = follows + self._padding
+        self._on_member(
+            Member(
+                member_type, name, link, mode & 0o7777, uid, gid, (mtime, nanoseconds), major, minor, size,
+                end_offset, xattrs,
+            )
+        )  # fmt: skip

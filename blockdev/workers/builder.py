@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The builder program: hashes, scans and writes one layer. argv: PARAMETERS (JSON); report on stdout."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from blockdev.errors import BlockdevError, DigestMismatch, LimitExceeded
+from blockdev.formats.layer_file import BuiltLayer, LayerWriter, format_named
+from blockdev.workers import protocol
+from blockdev.workers.pipeline import Pipeline
+from verity.buffers import Buffer
+from verity.hasher import LeafStore
+
+_PIECES: Final = 8
+_LEAVES_IN_MEMORY_BYTES: Final = 8 << 20
+# Dirty pages go to the disk this far behind the writing, so that the fsync at the end finds little to do.
+_WRITE_BACK_BYTES: Final = 32 << 20
+_SYNC_FILE_RANGE_WRITE: Final = 2  # Linux: include/uapi/linux/fs.h
+
+
+class _Hash(Protocol):
+    def update(self, data: Buffer, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class StagedFile:
+    """Sequential writes to a descriptor, with early write-back."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._offset = self._started = 0
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def write(self, data: Buffer) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fd, view, self._offset)
+            self._offset += written
+            view = view[written:]
+        if self._offset - self._started >= _WRITE_BACK_BYTES:
+            # Advice only: what fails here is found by fsync.
+            self._libc.sync_file_range(
+                self._fd, ctypes.c_int64(self._started), ctypes.c_int64(self._offset - self._started),
+                ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+            )  # fmt: skip
+            self._started = self._offset
+
+    def write_head(self, data: bytes) -> None:
+        if os.pwrite(self._fd, data, 0) != len(data):
+            raise OSError("short write of the head")
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+
+def _fill(fd: int, view: memoryview) -> int:
+    size = 0
+    while size < len(view):
+        got = os.readv(fd, [view[size:]])
+        if not got:
+            break
+        size += got
+    return size
+
+
+class _Blob:
+    """The compressed bytes: hashed whole, whatever becomes of them behind the pipe."""
+
+    def __init__(self, fd: int, expected_size_bytes: int | None, hasher: _Hash) -> None:
+        self._fd, self._expected, self.hasher = fd, expected_size_bytes, hasher
+        self.size_bytes = 0
+        self.error: BaseException | None = None
+
+    def read(self, view: memoryview) -> int:
+        size = _fill(self._fd, view)
+        self.size_bytes += size
+        if self._expected is not None and self.size_bytes > self._expected:
+            raise DigestMismatch(f"blob is longer than its {self._expected} bytes")
+        return size
+
+    def pump(self, into_fd: int) -> None:
+        """Thread: everything into the decompressor, hashed on the way."""
+        try:
+            view = memoryview(bytearray(protocol.PIECE_BYTES))
+            open_end = True
+            while size := self.read(view):
+                rest = view[:size]
+                hashing = threading.Thread(target=self.hasher.update, args=(view[:size],)) if size > 1 << 16 else None
+                if hashing:
+                    hashing.start()
+                else:
+                    self.hasher.update(view[:size])
+                while rest and open_end:
+                    try:
+                        rest = rest[os.write(into_fd, rest) :]
+                    except BrokenPipeError:
+                        open_end = False  # it has failed and says why; the digest is still wanted
+                if hashing:
+                    hashing.join()
+        except BaseException as error:
+            self.error = error
+        finally:
+            os.close(into_fd)
+
+    def finish(self, hasher: Callable[[Buffer], None]) -> None:
+        view = memoryview(bytearray(protocol.PIECE_BYTES))
+        while size := self.read(view):
+            hasher(view[:size])
+
+    def check(self, expected_digest: str | None) -> str:
+        """The digest. Raises DigestMismatch."""
+        if self.error is not None:
+            raise self.error
+        digest = "sha256:" + self.hasher.hexdigest()
+        if self._expected is not None and self.size_bytes != self._expected:
+            raise DigestMismatch(f"blob has {self.size_bytes} bytes, not {self._expected}")
+        if expected_digest is not None and digest != expected_digest:
+            raise DigestMismatch(f"blob has digest {digest}, not {expected_digest}")
+        return digest
+
+
+def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
+    staged = StagedFile(parameters.staged_fd)
+    leaves = LeafStore(threshold_bytes=_LEAVES_IN_MEMORY_BYTES, spool_fd=parameters.spool_fd)
+    layer = LayerWriter(
+        format_named(parameters.format),
+        write=staged.write,
+        write_head=staged.write_head,
+        leaves=leaves,
+        limits=parameters.limits,
+    )
+    plain = parameters.tar_fd < 0
+    tar_digest = layer.tar_digest
+    blob = _Blob(parameters.blob_fd, parameters.expected_size_bytes, tar_digest if plain else hashlib.sha256())
+    pump: threading.Thread | None = None
+    if not plain:
+        pump = threading.Thread(target=blob.pump, args=(parameters.compressed_fd,), daemon=True)
+        pump.start()
+    total = 0
+
+    def fill(view: memoryview) -> int:
+        nonlocal total
+        size = blob.read(view) if plain else _fill(parameters.tar_fd, view)
+        total += size
+        limits = parameters.limits
+        if not plain and total > max(limits.expansion_floor_bytes, limits.expansion_ratio * blob.size_bytes):
+            raise LimitExceeded(f"blob of {blob.size_bytes} bytes expands more than {limits.expansion_ratio} times")
+        return size
+
+    failure: BaseException | None = None
+    built: BuiltLayer | None = None
+    try:
+        Pipeline(layer.sinks(), pieces=_PIECES, piece_bytes=protocol.PIECE_BYTES).run(fill)
+        built = layer.finish()
+    except (BlockdevError, OSError) as error:
+        failure = error
+    if pump is not None:
+        os.close(parameters.tar_fd)  # a failed build lets the decompressor go
+        pump.join()
+    elif failure is not None and not isinstance(failure, (DigestMismatch, OSError)):
+        blob.finish(tar_digest.update)
+    # A rotten blob explains every other failure, so it is said first.
+    digest = blob.check(parameters.expected_digest)
+    if failure is not None:
+        raise failure
+    assert built is not None
+    staged.sync()
+    return {
+        "format": built.format,
+        "diff_id": "sha256:" + built.diff_id.hex(),
+        "root_hash": built.root_hash.hex(),
+        "tar_size_bytes": built.tar_size_bytes,
+        "data_size_bytes": built.data_size_bytes,
+        "tree_size_bytes": built.tree_size_bytes,
+        "file_size_bytes": built.file_size_bytes,
+        "entries": built.entries,
+        "blob_digest": digest,
+        "blob_size_bytes": blob.size_bytes,
+        "warnings": built.warnings,
+        "usage": {"builder": {**protocol.usage(), "spooled_bytes": leaves.bytes_spooled}},
+    }
+
+
+def main() -> None:
+    parameters = protocol.BuilderParameters.decode(sys.argv[1])
+    protocol.settle(parameters.parent_pid, address_space_bytes=None)
+    protocol.answer(1, lambda: _work(parameters))
+
+
+if __name__ == "__main__":
+    main()

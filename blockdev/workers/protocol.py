@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launcher and its two programs say to each other: one JSON object each way."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from blockdev import errors
+from blockdev.formats.limits import Limits
+
+# Linux: include/uapi/linux/prctl.h, include/uapi/linux/fcntl.h
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PIPE_BYTES: Final = 1 << 20
+PIECE_BYTES: Final = 1 << 20
+MESSAGE_BYTES_MAX: Final = 64 << 10
+
+_KINDS: Final = {
+    kind.__name__: kind
+    for kind in (
+        errors.FormatError,
+        errors.CompressionError,
+        errors.UnsupportedError,
+        errors.LimitExceeded,
+        errors.DigestMismatch,
+        errors.NoSpace,
+        errors.BuildFailed,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderParameters:
+    """File descriptor numbers are the builder's own; -1 where there is none."""
+
+    blob_fd: int
+    compressed_fd: int  # to the decompressor
+    tar_fd: int  # from the decompressor
+    staged_fd: int
+    spool_fd: int
+    format: str
+    expected_digest: str | None
+    expected_size_bytes: int | None
+    limits: Limits
+    parent_pid: int
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> BuilderParameters:
+        fields = json.loads(text)
+        return cls(**{**fields, "limits": Limits(**fields["limits"])})
+
+
+def usage() -> dict[str, float | int]:
+    """Of the calling process: CPU in seconds, peak resident memory in bytes, bytes it caused to be written."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu_seconds": round(used.ru_utime + used.ru_stime, 3), "peak_rss_bytes": used.ru_maxrss * 1024}
+
+
+def encode_error(error: BaseException) -> dict[str, str]:
+    if isinstance(error, OSError) and not isinstance(error, errors.BlockdevError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind: type[errors.BlockdevError] = errors.NoSpace if full else errors.BuildFailed
+    elif isinstance(error, MemoryError):
+        return {"error": "LimitExceeded", "message": "the build's memory limit"}
+    else:
+        kind = next((k for k in _KINDS.values() if type(error) is k), errors.BuildFailed)
+    text = str(error) if isinstance(error, errors.BlockdevError) else f"{type(error).__name__}: {error}"
+    # Names from a layer may be any bytes; what leaves the worker is plain text.
+    return {"error": kind.__name__, "message": text.encode("utf-8", "backslashreplace").decode()[:4000]}
+
+
+def decode_error(reply: dict[str, Any]) -> errors.BlockdevError:
+    return _KINDS.get(str(reply.get("error")), errors.BuildFailed)(str(reply.get("message")))
+
+
+def enlarge_pipe(fd: int) -> None:
+    with suppress(OSError):  # an unprivileged user has a quota of pipe pages; the default size works too
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
+def settle(parent_pid: int, *, address_space_bytes: int | None) -> None:
+    """First act of a worker: die with the parent, gain nothing by exec, leave no core file."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)  # it died before the line above
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if address_space_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
+
+
+def answer(fd: int, work: Callable[[], dict[str, Any]]) -> None:
+    """Run `work` and write its result, or its error, to `fd`; ends the process."""
+    try:
+        reply, status = work(), 0
+    except BaseException as error:
+        reply, status = encode_error(error), 1
+    data = json.dumps(reply).encode()[:MESSAGE_BYTES_MAX]
+    while data:
+        data = data[os.write(fd, data) :]
+    sys.stderr.flush()
+    os._exit(status)  # threads of a failed build may still hang in a read

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen layer files of the tar-index format: a change here means that signed policies refuse the layer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockdev.errors import BlockdevError
+from blockdev.formats.layer_file import FORMATS, BuiltLayer, LayerWriter
+from blockdev.formats.limits import Limits
+from tests.golden import make_tars
+from verity.hasher import LeafStore
+
+VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "tar-index.json").read_text())["vectors"]
+
+
+def build(tar: bytes, piece_bytes: int = 1 << 20) -> tuple[BuiltLayer, bytes]:
+    out = io.BytesIO()
+
+    def write_head(head: bytes) -> None:
+        out.getbuffer()[: len(head)] = head
+
+    leaves = LeafStore()
+    writer = LayerWriter(FORMATS["tar-index"], write=out.write, write_head=write_head, leaves=leaves, limits=Limits())
+    for at in range(0, len(tar), piece_bytes):
+        writer.feed(tar[at : at + piece_bytes])
+    built = writer.finish()
+    leaves.close()
+    return built, out.getvalue()
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
+def test_vector(vector: dict[str, Any]) -> None:
+    tar = make_tars.CASES[vector["name"]]()
+    assert hashlib.sha256(tar).hexdigest() == vector["tar_sha256"], "the generator changed"
+    if "refused" in vector:
+        with pytest.raises(BlockdevError):
+            build(tar)
+        return
+    built, file = build(tar)
+    assert built.entries == vector["inodes"]
+    assert built.data_size_bytes == vector["data_size"]
+    assert built.root_hash.hex() == vector["root_hash"]
+    assert len(file) == built.file_size_bytes == vector["file_size"]
+    assert hashlib.sha256(file).hexdigest() == vector["file_sha256"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 511, 513, 4096])
+@pytest.mark.parametrize("name", ["ti-names", "xattrs", "pax-long", "sizes", "unpadded-last", "hardlinks"])
+def test_the_size_of_reads_does_not_matter(name: str, piece_bytes: int) -> None:
+    tar = make_tars.CASES[name]()
+    assert build(tar, piece_bytes) == build(tar)

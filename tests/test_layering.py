@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports go one way: snapshotter → policy → blockdev → verity → standard library."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["verity", "blockdev", "policy", "snapshotter"]
+# What a package may bring in from outside; None: anything that pyproject.toml names.
+OUTSIDE: dict[str, set[str] | None] = {"verity": set(), "blockdev": {"isal", "zstandard", "pyroute2"}, "policy": None}
+# Only these know gRPC and protobuf.
+GRPC = {"api", "service", "daemon", "content", "errors"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [(package, path) for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize(("package", "path"), modules(), ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_imports_go_one_way(package: str, path: Path) -> None:
+    for name in imports(path):
+        top = name.partition(".")[0]
+        if top in ORDER:
+            assert ORDER.index(top) <= ORDER.index(package), f"{package} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            allowed = OUTSIDE.get(package)
+            assert allowed is None or top in allowed, f"{package} must not import {name}"
+
+
+def test_pure_code_starts_nothing_and_opens_nothing() -> None:
+    for path in (ROOT / "blockdev" / "formats").glob("*.py"):
+        tops = {name.partition(".")[0] for name in imports(path)}
+        assert not tops & {"os", "subprocess", "asyncio", "socket", "io", "tempfile", "shutil"}, path
+
+
+def test_only_the_edge_knows_grpc() -> None:
+    for path in (ROOT / "snapshotter").rglob("*.py"):
+        part = path.relative_to(ROOT / "snapshotter").parts[0].removesuffix(".py")
+        tops = {name.partition(".")[0] for name in imports(path)}
+        if part not in GRPC:
+            assert not tops & {"grpc", "grpc_health", "google"}, path

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Salted digests of equal blocks, by the fastest means there is; and the place where they wait."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Final
+
+from verity.buffers import Buffer
+from verity.errors import VerityError
+from verity.params import DIGEST_BYTES, Params
+
+try:
+    from verity import _leafhash
+except ImportError:  # the extension is optional: no compiler, or another interpreter
+    _leafhash = None  # type: ignore[assignment]
+
+# "sha-ni", "portable-c" or "hashlib": a fact for logs and `doctor`; results are equal.
+IMPLEMENTATION: Final[str] = _leafhash.IMPLEMENTATIONS[0] if _leafhash else "hashlib"
+# The extension puts the salt and the head of a block into one 64-byte message block.
+_EXTENSION_SALT_BYTES_MAX: Final = 63
+
+
+def leaf_digests(data: Buffer, params: Params) -> bytes:
+    """Digests of the data blocks in `data`, 32 bytes each. Raises VerityError unless blocks are whole."""
+    return block_digests(data, params.data_block_bytes, params.salt)
+
+
+def block_digests(data: Buffer, block_bytes: int, salt: bytes, implementation: str = IMPLEMENTATION) -> bytes:
+    """sha256(salt ‖ block) of each block. Releases the GIL for its whole length with the C extension."""
+    view = memoryview(data).cast("B")
+    if len(view) % block_bytes:
+        raise VerityError(f"{len(view)} bytes are no whole number of {block_bytes}-byte blocks")
+    if implementation != "hashlib" and len(salt) <= _EXTENSION_SALT_BYTES_MAX:
+        return _leafhash.digests(view, block_bytes, salt, implementation)
+    seeded = hashlib.sha256(salt)
+    out = bytearray()
+    for start in range(0, len(view), block_bytes):
+        digest = seeded.copy()
+        digest.update(view[start : start + block_bytes])
+        out += digest.digest()
+    return bytes(out)
+
+
+class LeafStore:
+    """Digests in order of their blocks; beyond `threshold_bytes` they go to a file.
+
+    The file is `spool_fd` (the caller's, empty, writable) or an unnamed temporary one.
+    `bytes_spooled` is what was written to it. Raises OSError when it cannot be written or read.
+    """
+
+    def __init__(self, *, threshold_bytes: int = 8 << 20, spool_fd: int | None = None) -> None:
+        self._threshold = threshold_bytes
+        self._memory = bytearray()
+        self._fd = spool_fd
+        self._own: int | None = None
+        self.bytes_spooled = 0
+
+    def __len__(self) -> int:
+        return (self.bytes_spooled + len(self._memory)) // DIGEST_BYTES
+
+    def append(self, digests: bytes) -> None:
+        self._memory += digests
+        if len(self._memory) >= self._threshold:
+            self._write(self._memory, self.bytes_spooled)
+            self.bytes_spooled += len(self._memory)
+            self._memory.clear()
+
+    def replace(self, index: int, digests: bytes) -> None:
+        """Put other digests from `index` on, all of which are there already."""
+        start = index * DIGEST_BYTES
+        if start + len(digests) > len(self) * DIGEST_BYTES:
+            raise VerityError(f"no digests to replace at {index}")
+        spooled = digests[: max(0, self.bytes_spooled - start)]
+        if spooled:
+            self._write(spooled, start)
+        rest = digests[len(spooled) :]
+        if rest:
+            at = start + len(spooled) - self.bytes_spooled
+            self._memory[at : at + len(rest)] = rest
+
+    def chunks(self, size_bytes: int) -> Iterator[bytes]:
+        """All digests, in pieces of `size_bytes`, the last one shorter."""
+        total = len(self) * DIGEST_BYTES
+        for start in range(0, total, size_bytes):
+            end = min(start + size_bytes, total)
+            piece = self._read(min(end, self.bytes_spooled) - start, start) if start < self.bytes_spooled else b""
+            if end > self.bytes_spooled:
+                first = max(0, start - self.bytes_spooled)
+                piece += bytes(self._memory[first : end - self.bytes_spooled])
+            yield piece
+
+    def close(self) -> None:
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
+    def _file(self) -> int:
+        if self._fd is None:
+            # Unlinked at once, so that nothing is left behind whatever becomes of the process.
+            self._own, path = tempfile.mkstemp(prefix="verity-leaves-")
+            os.unlink(path)
+            self._fd = self._own
+        return self._fd
+
+    def _write(self, data: Buffer, offset: int) -> None:
+        fd, view = self._file(), memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(fd, view, offset)
+                offset += written
+                view = view[written:]
+        finally:
+            view.release()
+
+    def _read(self, size: int, offset: int) -> bytes:
+        out = b""
+        while len(out) < size:
+            piece = os.pread(self._file(), size - len(out), offset + len(out))
+            if not piece:
+                raise VerityError("spooled leaf digests are cut short")
+            out += piece
+        return out
