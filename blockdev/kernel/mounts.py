@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mount(2), umount2(2) and /proc/self/mountinfo (man 5 proc_pid_mountinfo)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from blockdev.errors import KernelError
+from blockdev.kernel import loop
+
+# Linux: include/uapi/linux/mount.h
+_MS_RDONLY: Final = 0x1
+_MS_NOSUID: Final = 0x2
+_MS_NODEV: Final = 0x4
+_MNT_DETACH: Final = 0x2
+_UMOUNT_NOFOLLOW: Final = 0x8
+# EROFS mounts a plain file since 6.12; before 6.12.2 one such mount could not be told from another.
+_FILE_BACKED_SINCE: Final = (6, 12, 2)
+_OCTAL_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    mount_id: int
+    mount_point: str
+    fs_type: str
+    source: str
+
+
+def parse_mountinfo(text: str) -> list[MountEntry]:
+    """All mounts in the file's order: of two on one mount point the later is on top."""
+    entries = []
+    for line in text.splitlines():
+        left, dash, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if dash and len(fields) >= 6 and len(rest) >= 2:
+            entries.append(MountEntry(int(fields[0]), _unescape(fields[4]), rest[0], _unescape(rest[1])))
+    return entries
+
+
+def _unescape(field: str) -> str:
+    return _OCTAL_ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)
+
+
+def mounted_below(directory: Path) -> list[MountEntry]:
+    """Mounts in `directory`, itself left out. Raises KernelError."""
+    prefix = str(directory) + "/"
+    try:
+        text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    except OSError as error:
+        raise KernelError(f"cannot read mountinfo: {error}") from None
+    return [entry for entry in parse_mountinfo(text) if entry.mount_point.startswith(prefix)]
+
+
+def kernel_release(text: str) -> tuple[int, int, int]:
+    """The first three numbers of a release string; missing ones are 0."""
+    match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
+    return (int(match[1]), int(match[2] or 0), int(match[3] or 0)) if match else (0, 0, 0)
+
+
+def mounts_files() -> bool:
+    """Whether this kernel mounts EROFS straight from a file."""
+    return kernel_release(os.uname().release) >= _FILE_BACKED_SINCE
+
+
+def mount_erofs(file: Path, target: Path, block_bytes: int, *, file_backed: bool | None = None) -> None:
+    """Mount a layer file read-only, without set-user-ID programs and devices. Raises KernelError."""
+    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+    if mounts_files() if file_backed is None else file_backed:
+        _mount(str(file), target, "erofs", flags)
+        return
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"cannot open {file}: {error}") from None
+    try:
+        device = loop.attach_read_only(fd, block_bytes)
+    finally:
+        os.close(fd)
+    try:
+        _mount(os.readlink(f"/proc/self/fd/{device}"), target, "erofs", flags)
+    finally:
+        os.close(device)  # the mount, if there is one, holds it now
+
+
+def _mount(source: str, target: Path, fs_type: str, flags: int) -> None:
+    if _libc.mount(os.fsencode(source), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), None):
+        number = ctypes.get_errno()
+        hint = " (is the file on an overlay file system?)" if number == errno.ENOTBLK else ""
+        raise KernelError(f"mount of {source} at {target} as {fs_type}: {os.strerror(number)}{hint}")
+
+
+def unmount(target: Path, *, lazily: bool = False) -> None:
+    """Take the topmost mount at `target` away; nothing to do where there is none. Raises KernelError."""
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)
+    if _libc.umount2(os.fsencode(target), flags):
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOENT):
+            raise KernelError(f"umount of {target}: {os.strerror(number)}")
