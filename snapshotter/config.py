@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration file: one TOML file, every key with a default. config/config.toml documents them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from blockdev.formats.layer_file import FORMATS
+from blockdev.formats.limits import Limits
+from snapshotter.contracts import CONTRACTS
+from snapshotter.errors import ConfigError
+
+DEFAULT_PATH: Final = Path("/etc/tardev-snapshotter/config.toml")
+_UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?i?B)?\Z")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `([^`]*)`")
+_STATE: Final = "/var/lib/containerd"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "20GiB", "512MiB" or "4096". Raises ConfigError."""
+    match = _SIZE.match(text)
+    if not match or (match[2] or "") not in _UNITS:
+        raise ConfigError(f"{text!r} is no size: a whole number with KiB, MiB, GiB or TiB")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+class _Table(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    pass
+
+
+class Containerd(_Table, frozen=True):
+    address: str = "/run/containerd/containerd.sock"
+    content: str = f"{_STATE}/io.containerd.content.v1.content"
+
+
+class Builds(_Table, frozen=True):
+    workers: int = 2
+    sharing: Literal["node", "namespace"] = "node"
+    timeout: float = 1800.0  # seconds
+    max_layer_size: str = "64GiB"
+    max_entries: int = 4_000_000
+    max_path_length: int = 64 << 10
+    max_xattr_size: str = "256KiB"
+    max_expansion_ratio: int = 1100
+    free_space_reserve: str = "512MiB"
+
+    def limits(self) -> Limits:
+        return Limits(
+            tar_bytes=parse_size(self.max_layer_size),
+            entries=self.max_entries,
+            path_bytes=self.max_path_length,
+            xattr_bytes=min(parse_size(self.max_xattr_size), Limits().xattr_bytes),
+            expansion_ratio=self.max_expansion_ratio,
+        )
+
+
+class Cache(_Table, frozen=True):
+    max_size: str = "20GiB"
+
+
+class Metrics(_Table, frozen=True):
+    address: str = "127.0.0.1:9476"
+
+
+class Log(_Table, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class SnapshotterName(_Table, frozen=True):
+    contract: str
+    format: str
+
+
+class Config(_Table, frozen=True):
+    root: str = f"{_STATE}/io.containerd.snapshotter.v1.tardev"
+    address: str = "/run/containerd/tardev-snapshotter.sock"
+    containerd: Containerd = Containerd()
+    builds: Builds = Builds()
+    cache: Cache = Cache()
+    metrics: Metrics = Metrics()
+    log: Log = Log()
+    snapshotters: dict[str, SnapshotterName] = msgspec.field(
+        default_factory=lambda: {"tardev-host": SnapshotterName(contract="host", format="tar-index")}
+    )
+
+
+def load(path: Path) -> Config:
+    """Raises ConfigError."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(text: str) -> Config:
+    """Raises ConfigError: not TOML, a wrong type, an unknown key (with the nearest known one), a bad value."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        config = msgspec.convert(data, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), data)) from None
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    for key in ("root", "address"):
+        if not str(getattr(config, key)).startswith("/"):
+            raise ConfigError(f"{key} must be an absolute path")
+    if len(config.address) > 107:
+        raise ConfigError("address is over the 107 bytes of a unix socket's path")
+    if not config.snapshotters:
+        raise ConfigError("no [snapshotters.NAME]: nothing to serve")
+    if config.builds.workers < 1 or config.builds.timeout <= 0:
+        raise ConfigError("builds.workers and builds.timeout must be positive")
+    for size in (config.cache.max_size, config.builds.free_space_reserve):
+        parse_size(size)
+    config.builds.limits()
+    for name, chosen in config.snapshotters.items():
+        if chosen.contract not in CONTRACTS:
+            raise ConfigError(
+                f"snapshotters.{name}: contract {chosen.contract!r} is not in this version;"
+                f" it has: {', '.join(CONTRACTS)}"
+            )
+        if chosen.format not in FORMATS:
+            raise ConfigError(
+                f"snapshotters.{name}: format {chosen.format!r} is not in this version; it has: {', '.join(FORMATS)}"
+            )
+        if chosen.format not in CONTRACTS[chosen.contract].FORMATS:
+            raise ConfigError(f"snapshotters.{name}: contract {chosen.contract} cannot use format {chosen.format}")
+
+
+def _explain(message: str, data: dict[str, Any]) -> str:
+    """msgspec's message, with the path in TOML's words and the nearest known key."""
+    match = _UNKNOWN.search(message)
+    if not match:
+        return message.replace("`$.", "`")
+    wrong = match[1]
+    path = re.search(r"at `\$\.?([^`]*)`", message)
+    where = path[1] if path else ""
+    table: type[msgspec.Struct] = Config
+    if where.startswith("snapshotters"):
+        table = SnapshotterName
+        # msgspec says [...] for a key of a dictionary: find the name that has it.
+        where = next((f"snapshotters.{name}" for name, value in data["snapshotters"].items() if wrong in value), where)
+    elif where:
+        table = type(getattr(Config(), where))
+    near = difflib.get_close_matches(wrong, table.__struct_fields__, 1, 0.5)
+    full = f"{where}.{wrong}" if where else wrong
+    return f"unknown key {full}" + (f"; did you mean {near[0]}?" if near else "")

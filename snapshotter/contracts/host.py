@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""runc and crun: an overlay over EROFS mounts that the daemon keeps (Linux: filesystems/overlayfs.rst)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from snapshotter.contracts.mount import Mount
+
+FORMATS: Final = frozenset({"tar-index"})
+ACTIVATES: Final = True
+
+
+def container_mounts(lowers: Sequence[Path], upper: Path | None, work: Path | None) -> list[Mount]:
+    # Overlay refuses a directory twice; of equal layers only the topmost can be seen.
+    stack = list(dict.fromkeys(map(str, lowers)))
+    if upper is not None and work is not None:
+        if not stack:
+            return [Mount("bind", str(upper), ("rbind", "rw"))]
+        return [_overlay(stack, f"upperdir={upper}", f"workdir={work}")]
+    if len(stack) == 1:
+        return [Mount("bind", stack[0], ("rbind", "ro"))]
+    return [_overlay(stack)]
+
+
+def _overlay(stack: list[str], *more: str) -> Mount:
+    # index=off: an upper directory may be mounted again while a stale mount of it lingers.
+    return Mount("overlay", "overlay", ("index=off", *more, f"lowerdir={':'.join(stack)}"))

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """containerd.types.Mount without its target, which no snapshotter of this kind sets."""
+
+    type: str
+    source: str
+    options: tuple[str, ...]
+
+
+def extraction_mounts(directory: Path) -> list[Mount]:
+    """Where a layer may be unpacked in vain: writable, for containerd takes a read-only one as filled already."""
+    return [Mount("bind", str(directory), ("rbind", "rw", "nosuid", "nodev", "noexec"))]
+
+
+def directories_of(mounts: Sequence[Mount]) -> list[str]:
+    """The directories that an Apply into these mounts would write to: none where it is not one."""
+    if len(mounts) != 1:
+        return []
+    mount = mounts[0]
+    if mount.type in ("bind", "rbind"):
+        return [mount.source]
+    if mount.type == "overlay":
+        return [option.removeprefix("upperdir=") for option in mount.options if option.startswith("upperdir=")]
+    return []

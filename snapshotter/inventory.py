@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is there: rows, files, mounts; taken once, as data, for `reconcile` to judge."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from snapshotter.activation import Activation
+from snapshotter.layerstore import LayerStore
+from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot
+
+SNAPSHOTS: Final = "snapshots"
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    snapshots: tuple[Snapshot, ...]
+    layers: tuple[Layer, ...]
+    contradictions: dict[LayerID, str]  # READY layers whose file cannot be theirs, and why
+    layer_files: frozenset[tuple[str, str]]  # (diff ID, format)
+    staged: frozenset[str]
+    snapshot_directories: frozenset[str]
+    mounted: frozenset[LayerID]
+    layers_in_use: frozenset[LayerID]
+
+
+async def take(root: Path, metastore: Metastore, store: LayerStore, activation: Activation) -> Inventory:
+    """Raises OSError, KernelError, Internal."""
+    snapshots = await metastore.snapshots()
+    layers = await metastore.layers()
+    in_use = await metastore.layers_in_use()
+
+    def look() -> Inventory:
+        contradictions = {}
+        for layer in layers:
+            if layer.state is LayerState.READY:
+                why = store.contradiction(layer.diff_id, layer.format, layer.root_hash, layer.file_size_bytes)
+                if why:
+                    contradictions[layer.id] = why
+        return Inventory(
+            tuple(snapshots),
+            tuple(layers),
+            contradictions,
+            frozenset(store.listing()),
+            frozenset(entry.name for entry in store.staging.iterdir()),
+            frozenset(entry.name for entry in (root / SNAPSHOTS).iterdir()),
+            frozenset(activation.mounted()),
+            frozenset(in_use),
+        )
+
+    return await asyncio.to_thread(look)

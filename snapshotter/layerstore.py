@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer files on disk: <root>/layers/FORMAT/HEX, and <root>/staging for what is being written.
+
+A file in `layers` is whole: it was synced, then renamed, then its directory was synced. Whether it is
+also a layer is for the metadata to say.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockdev.errors import FormatError
+from blockdev.formats.layer_file import FORMATS, TRAILER_BYTES, Trailer
+from snapshotter.errors import ResourceExhausted
+from snapshotter.trace import trace
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Two empty files of one build. The spool has no name: it is gone with its descriptor."""
+
+    fd: int
+    spool_fd: int
+    path: Path
+
+
+class LayerStore:
+    def __init__(self, root: Path, *, reserve_bytes: int = 0) -> None:
+        self.root = root
+        self.staging = root / "staging"
+        self._layers = root / "layers"
+        self._reserve = reserve_bytes
+
+    def prepare(self) -> None:
+        for directory in (self.staging, self._layers, *(self._layers / name for name in FORMATS)):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(self._layers)
+        sync_directory(self.root)
+
+    def path(self, diff_id: str, format: str) -> Path:
+        return self._layers / format / diff_id.removeprefix("sha256:")
+
+    @contextmanager
+    def staged(self) -> Iterator[Staged]:
+        """What `publish` has not taken is gone at the end. Raises ResourceExhausted below the reserve."""
+        space = os.statvfs(self.staging)
+        if space.f_bavail * space.f_frsize < self._reserve:
+            raise ResourceExhausted(f"less than {self._reserve} bytes are free below {self.root}: no build is started")
+        fd, name = tempfile.mkstemp(dir=self.staging)
+        try:
+            spool_fd = os.open(self.staging, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                yield Staged(fd, spool_fd, Path(name))
+            finally:
+                os.close(spool_fd)
+        finally:
+            os.close(fd)
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+
+    def publish(self, staged: Staged, diff_id: str, format: str) -> None:
+        """Durable in its place when this returns; the builder has synced the content already."""
+        trace("publish.staged")
+        os.fchmod(staged.fd, 0o400)
+        os.fsync(staged.fd)
+        target = self.path(diff_id, format)
+        trace("publish.synced")
+        os.rename(staged.path, target)
+        trace("publish.renamed")
+        sync_directory(target.parent)
+
+    def contradiction(self, diff_id: str, format: str, root_hash: str, file_size_bytes: int) -> str:
+        """Why the file cannot be the layer that the metadata describes; "" where it can."""
+        path = self.path(diff_id, format)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != file_size_bytes:
+                    return f"has {size} bytes, not {file_size_bytes}"
+                file.seek(size - TRAILER_BYTES)
+                trailer = Trailer.unpack(file.read(TRAILER_BYTES))
+        except OSError as error:
+            return error.strerror or str(error)
+        except FormatError as error:
+            return str(error)
+        if ("sha256:" + trailer.diff_id.hex(), trailer.root_hash.hex()) != (diff_id, root_hash):
+            return "its trailer names another layer"
+        return ""
+
+    def listing(self) -> list[tuple[str, str]]:
+        """(diff ID, format) of every file, whatever its worth."""
+        return [
+            (f"sha256:{entry.name}", directory.name)
+            for directory in sorted(self._layers.iterdir())
+            if directory.is_dir()
+            for entry in sorted(directory.iterdir())
+        ]
+
+    def quarantine(self, diff_id: str, format: str) -> None:
+        """Out of the way, for somebody to look at."""
+        place = self.root / "quarantine"
+        place.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.rename(self.path(diff_id, format), place / f"{format}-{diff_id.removeprefix('sha256:')}")
+
+    def delete(self, diff_id: str, format: str) -> None:
+        path = self.path(diff_id, format)
+        with suppress(FileNotFoundError):
+            path.unlink()
+            sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Nothing to do where it is gone already."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

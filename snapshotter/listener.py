@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public socket: mode 0600, and root's processes only, whatever its mode has become.
+
+gRPC for Python neither takes an accepted socket nor says whose it is. So connections are accepted
+here, their peer asked for (man 7 unix, SO_PEERCRED), and their bytes passed on to gRPC's own socket,
+which lies in the daemon's private directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from snapshotter.errors import ConfigError
+from snapshotter.log import get_logger
+
+_PEER: Final = struct.Struct("iII")  # pid, uid, gid
+_CONNECTIONS_MAX: Final = 256
+_PIECE_BYTES: Final = 64 << 10
+
+
+def bind(path: Path) -> socket.socket:
+    """Listen at `path`, in the place of a socket that nobody serves. Raises ConfigError."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    before = os.umask(0o177)
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise ConfigError(f"address {path} is there and is no socket")
+            path.unlink()
+        listening.bind(str(path))
+        listening.listen(128)
+        listening.setblocking(False)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"address {path}: {error}") from None
+    finally:
+        os.umask(before)
+    return listening
+
+
+class Listener:
+    def __init__(self, listening: socket.socket, inner: Path) -> None:
+        self._listening, self._inner = listening, inner
+        self._connections: set[asyncio.Task[None]] = set()
+        self._log = get_logger()
+
+    async def serve(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listening)
+            except OSError as error:  # out of descriptors, most likely: those that close free some
+                self._log.error("accept failed", error=str(error))
+                await asyncio.sleep(0.1)
+                continue
+            connection.setblocking(False)
+            pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            if uid != 0 or len(self._connections) >= _CONNECTIONS_MAX:
+                self._log.warning("connection refused", pid=pid, uid=uid, connections=len(self._connections))
+                connection.close()
+                continue
+            task = asyncio.create_task(self._relay(connection))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def close(self) -> None:
+        self._listening.close()
+        for task in self._connections:
+            task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections)
+
+    async def _relay(self, outer: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        with outer, inner:
+            ways: list[asyncio.Task[None]] = []
+            try:
+                await loop.sock_connect(inner, str(self._inner))
+                ways = [asyncio.create_task(_copy(outer, inner)), asyncio.create_task(_copy(inner, outer))]
+                # gRPC has no use for a connection that is half closed.
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            except OSError as error:
+                self._log.warning("connection lost", error=str(error))
+            finally:
+                for way in ways:
+                    way.cancel()
+                if ways:
+                    await asyncio.wait(ways)
+
+
+async def _copy(source: socket.socket, target: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    with suppress(OSError):
+        while piece := await loop.sock_recv(source, _PIECE_BYTES):
+            await loop.sock_sendall(target, piece)

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SQLite: what snapshots, layers and blobs there are. One function per transaction, one thread for all.
+
+`synchronous=FULL` in WAL mode syncs the log at each commit, so a transaction that has returned
+survives a power cut (sqlite.org/pragma.html#pragma_synchronous).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
+
+from blockdev.workers.launch import BuildRecord
+from snapshotter.errors import AlreadyExists, FailedPrecondition, Internal, InvalidArgument, NotFound
+from snapshotter.names import ChainID
+from snapshotter.trace import trace
+
+SnapshotID = NewType("SnapshotID", int)
+LayerID = NewType("LayerID", int)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+# One entry per schema version, each bringing the one before it forward.
+_MIGRATIONS: Final = (
+    """
+    CREATE TABLE layers (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        diff_id TEXT NOT NULL,
+        format TEXT NOT NULL,
+        root_hash TEXT NOT NULL,
+        tar_size_bytes INTEGER NOT NULL,
+        data_size_bytes INTEGER NOT NULL,
+        tree_size_bytes INTEGER NOT NULL,
+        file_size_bytes INTEGER NOT NULL,
+        entries INTEGER NOT NULL,
+        warnings TEXT NOT NULL,
+        state TEXT NOT NULL,
+        build_seconds REAL NOT NULL,
+        created_ns INTEGER NOT NULL,
+        UNIQUE (diff_id, format)
+    ) STRICT;
+    CREATE TABLE blobs (
+        digest TEXT NOT NULL,
+        compression TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        diff_id TEXT NOT NULL,
+        PRIMARY KEY (digest, compression)
+    ) STRICT;
+    CREATE TABLE snapshots (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        snapshotter TEXT NOT NULL,
+        name TEXT NOT NULL,
+        parent_id INTEGER REFERENCES snapshots (id),
+        kind TEXT NOT NULL,
+        extraction INTEGER NOT NULL,
+        labels TEXT NOT NULL,
+        chain_id TEXT,
+        layer_id INTEGER REFERENCES layers (id),
+        created_ns INTEGER NOT NULL,
+        updated_ns INTEGER NOT NULL,
+        UNIQUE (snapshotter, name)
+    ) STRICT;
+    CREATE INDEX snapshots_parent ON snapshots (parent_id);
+    CREATE INDEX snapshots_layer ON snapshots (layer_id);
+    CREATE INDEX blobs_diff_id ON blobs (diff_id);
+    """,
+)
+
+
+class Kind(enum.StrEnum):
+    VIEW = "view"
+    ACTIVE = "active"
+    COMMITTED = "committed"
+
+
+class LayerState(enum.StrEnum):
+    READY = "ready"
+    BROKEN = "broken"  # its file is missing or contradicts the row; the next build of it mends this
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer file. Sizes in bytes, `diff_id` with "sha256:", `root_hash` in hexadecimal."""
+
+    id: LayerID
+    diff_id: str
+    format: str
+    root_hash: str
+    tar_size_bytes: int
+    data_size_bytes: int
+    tree_size_bytes: int
+    file_size_bytes: int
+    entries: int
+    warnings: dict[str, int]
+    state: LayerState
+    build_seconds: float
+    created_ns: int
+    shared_by: int = 0  # committed snapshots that refer to it; only where a listing counts them
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`parent` is a name or "". `layer_id` of an active snapshot: what was applied to it."""
+
+    id: SnapshotID
+    snapshotter: str
+    name: str
+    parent: str
+    parent_id: SnapshotID | None
+    kind: Kind
+    extraction: bool
+    labels: dict[str, str]
+    chain_id: ChainID | None
+    layer_id: LayerID | None
+    created_ns: int
+    updated_ns: int
+
+
+_LAYER: Final = (
+    "layers.id, diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes, file_size_bytes,"
+    " entries, warnings, state, build_seconds, layers.created_ns"
+)
+_SNAPSHOT: Final = (
+    "s.id, s.snapshotter, s.name, coalesce(p.name, ''), s.parent_id, s.kind, s.extraction, s.labels, s.chain_id,"
+    " s.layer_id, s.created_ns, s.updated_ns FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent_id"
+)
+
+
+def _layer(row: tuple[object, ...]) -> Layer:
+    fields = list(row)
+    fields[9], fields[10] = json.loads(str(fields[9])), LayerState(str(fields[10]))
+    return Layer(*fields)  # type: ignore[arg-type]
+
+
+def _snapshot(row: tuple[object, ...]) -> Snapshot:
+    fields = list(row)
+    fields[5], fields[6], fields[7] = Kind(str(fields[5])), bool(fields[6]), json.loads(str(fields[7]))
+    return Snapshot(*fields)  # type: ignore[arg-type]
+
+
+class _Database:
+    """The transactions themselves, synchronous; only the metastore's thread calls them."""
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+        self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        self.connection.execute("PRAGMA foreign_keys = ON")
+        self.connection.execute("PRAGMA busy_timeout = 10000")
+        if not read_only:
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = FULL")
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS) or (read_only and version != len(_MIGRATIONS)):
+            self.connection.close()
+            raise Internal(f"{path} has schema version {version}; this program knows {len(_MIGRATIONS)}")
+        for number in range(version, len(_MIGRATIONS)):
+            self.connection.executescript(f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+
+    def transaction(self, work: Callable[[], _T]) -> _T:
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work()
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
+        return result
+
+    def snapshot(self, snapshotter: str, name: str) -> Snapshot | None:
+        row = self.connection.execute(
+            f"SELECT {_SNAPSHOT} WHERE s.snapshotter = ? AND s.name = ?", (snapshotter, name)
+        ).fetchone()
+        return _snapshot(row) if row else None
+
+    def existing(self, snapshotter: str, name: str) -> Snapshot:
+        found = self.snapshot(snapshotter, name)
+        if found is None:
+            raise NotFound(f"snapshot {name!r} of {snapshotter} not found")
+        return found
+
+    def by_id(self, snapshot_id: SnapshotID) -> Snapshot | None:
+        row = self.connection.execute(f"SELECT {_SNAPSHOT} WHERE s.id = ?", (snapshot_id,)).fetchone()
+        return _snapshot(row) if row else None
+
+    def snapshots(self, snapshotter: str | None) -> list[Snapshot]:
+        # A parent's id is always the smaller one.
+        rows = self.connection.execute(
+            f"SELECT {_SNAPSHOT} WHERE ?1 IS NULL OR s.snapshotter = ?1 ORDER BY s.id", (snapshotter,)
+        )
+        return [_snapshot(row) for row in rows]
+
+    def create(
+        self, snapshotter: str, key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, extraction: bool
+    ) -> Snapshot:
+        if self.snapshot(snapshotter, key):
+            raise AlreadyExists(f"snapshot {key!r} of {snapshotter} exists already")
+        parent_id = None
+        if parent:
+            above = self.existing(snapshotter, parent)
+            if above.kind is not Kind.COMMITTED:
+                raise InvalidArgument(f"parent {parent!r} is {above.kind}, not committed")
+            parent_id = above.id
+        now = time.time_ns()
+        cursor = self.connection.execute(
+            "INSERT INTO snapshots (snapshotter, name, parent_id, kind, extraction, labels, created_ns, updated_ns)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (snapshotter, key, parent_id, kind, extraction, _json(labels), now, now),
+        )
+        return Snapshot(
+            SnapshotID(cursor.lastrowid or 0), snapshotter, key, parent, parent_id, kind, extraction, dict(labels),
+            None, None, now, now,
+        )  # fmt: skip
+
+    def set_layer(self, snapshot_id: SnapshotID, layer_id: LayerID) -> bool:
+        cursor = self.connection.execute(
+            "UPDATE snapshots SET layer_id = ? WHERE id = ? AND kind = ?", (layer_id, snapshot_id, Kind.ACTIVE)
+        )
+        return cursor.rowcount == 1
+
+    def commit(
+        self, snapshot: Snapshot, name: str, labels: Mapping[str, str], layer_id: LayerID, chain: ChainID | None
+    ) -> None:
+        now = self.existing(snapshot.snapshotter, snapshot.name)
+        if now.kind is not Kind.ACTIVE or now.id != snapshot.id:
+            raise FailedPrecondition(f"snapshot {snapshot.name!r} is {now.kind}, not active")
+        if self.snapshot(snapshot.snapshotter, name):
+            raise AlreadyExists(f"snapshot {name!r} of {snapshot.snapshotter} exists already")
+        self.connection.execute(
+            "UPDATE snapshots SET name = ?, kind = ?, extraction = 0, labels = ?, layer_id = ?, chain_id = ?,"
+            " updated_ns = ? WHERE id = ?",
+            (name, Kind.COMMITTED, _json(labels), layer_id, chain, time.time_ns(), snapshot.id),
+        )
+
+    def remove(self, snapshotter: str, key: str) -> Snapshot:
+        snapshot = self.existing(snapshotter, key)
+        child = self.connection.execute("SELECT name FROM snapshots WHERE parent_id = ?", (snapshot.id,)).fetchone()
+        if child:
+            raise FailedPrecondition(f"snapshot {key!r} has children, {child[0]!r} is one")
+        self.connection.execute("DELETE FROM snapshots WHERE id = ?", (snapshot.id,))
+        return snapshot
+
+    def update_labels(
+        self, snapshotter: str, name: str, change: Callable[[dict[str, str]], Mapping[str, str]]
+    ) -> Snapshot:
+        snapshot = self.existing(snapshotter, name)
+        self.connection.execute(
+            "UPDATE snapshots SET labels = ?, updated_ns = ? WHERE id = ?",
+            (_json(change(dict(snapshot.labels))), time.time_ns(), snapshot.id),
+        )
+        return self.existing(snapshotter, name)
+
+    def chain(self, snapshot_id: SnapshotID | None) -> list[Layer]:
+        """Layers of a committed snapshot and its parents, topmost first."""
+        rows = self.connection.execute(
+            "WITH RECURSIVE up (depth, parent_id, layer_id) AS ("
+            " SELECT 0, parent_id, layer_id FROM snapshots WHERE id = ?"
+            " UNION ALL SELECT depth + 1, s.parent_id, s.layer_id FROM snapshots s JOIN up ON s.id = up.parent_id)"
+            f" SELECT {_LAYER} FROM up JOIN layers ON layers.id = up.layer_id ORDER BY depth",
+            (snapshot_id,),
+        )
+        return [_layer(row) for row in rows]
+
+    def layers_in_use(self) -> set[LayerID]:
+        """Layers below any container's snapshot: those that a host contract keeps mounted."""
+        rows = self.connection.execute(
+            "WITH RECURSIVE up (id, parent_id, layer_id) AS ("
+            " SELECT id, parent_id, NULL FROM snapshots WHERE kind != ? AND NOT extraction"
+            " UNION SELECT s.id, s.parent_id, s.layer_id FROM snapshots s JOIN up ON s.id = up.parent_id)"
+            " SELECT DISTINCT layer_id FROM up WHERE layer_id IS NOT NULL",
+            (Kind.COMMITTED,),
+        )
+        return {LayerID(row[0]) for row in rows}
+
+    def layer(self, diff_id: str, format: str) -> Layer | None:
+        row = self.connection.execute(
+            f"SELECT {_LAYER} FROM layers WHERE diff_id = ? AND format = ?", (diff_id, format)
+        ).fetchone()
+        return _layer(row) if row else None
+
+    def layer_by_id(self, layer_id: LayerID) -> Layer | None:
+        row = self.connection.execute(f"SELECT {_LAYER} FROM layers WHERE id = ?", (layer_id,)).fetchone()
+        return _layer(row) if row else None
+
+    def layers(self) -> list[Layer]:
+        rows = self.connection.execute(
+            f"SELECT {_LAYER}, count(snapshots.id) FROM layers LEFT JOIN snapshots ON snapshots.layer_id = layers.id"
+            " GROUP BY layers.id ORDER BY layers.id"
+        )
+        return [_layer(row) for row in rows]
+
+    def blob(self, digest: str, compression: str) -> tuple[str, int] | None:
+        row = self.connection.execute(
+            "SELECT diff_id, size_bytes FROM blobs WHERE digest = ? AND compression = ?", (digest, compression)
+        ).fetchone()
+        return (row[0], row[1]) if row else None
+
+    def publish(self, record: BuildRecord, compression: str, build_seconds: float) -> Layer:
+        trace("publish.in_transaction")
+        values = (
+            record.diff_id, record.format, record.root_hash, record.tar_size_bytes, record.data_size_bytes,
+            record.tree_size_bytes, record.file_size_bytes, record.entries, _json(record.warnings), LayerState.READY,
+            build_seconds, time.time_ns(),
+        )  # fmt: skip
+        self.connection.execute(
+            "INSERT INTO layers (diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes,"
+            " file_size_bytes, entries, warnings, state, build_seconds, created_ns)"
+            f" VALUES ({', '.join('?' * len(values))}) ON CONFLICT (diff_id, format) DO UPDATE SET state = 'ready'",
+            values,
+        )
+        self.connection.execute(
+            "INSERT OR REPLACE INTO blobs (digest, compression, size_bytes, diff_id) VALUES (?, ?, ?, ?)",
+            (record.blob_digest, compression, record.blob_size_bytes, record.diff_id),
+        )
+        layer = self.layer(record.diff_id, record.format)
+        assert layer is not None
+        if layer.root_hash != record.root_hash:
+            # Same tar, same format, other bytes: never to be had, so never to be stored.
+            raise Internal(f"layer {record.diff_id} has root hash {layer.root_hash}, this build says otherwise")
+        return layer
+
+    def mark_broken(self, layer_ids: Iterable[LayerID]) -> None:
+        self.connection.executemany(
+            "UPDATE layers SET state = ? WHERE id = ?", [(LayerState.BROKEN, layer_id) for layer_id in layer_ids]
+        )
+
+    def delete_layer(self, layer_id: LayerID) -> bool:
+        """False where a snapshot refers to it."""
+        if self.connection.execute("SELECT 1 FROM snapshots WHERE layer_id = ? LIMIT 1", (layer_id,)).fetchone():
+            return False
+        self.connection.execute(
+            "DELETE FROM blobs WHERE diff_id = (SELECT diff_id FROM layers WHERE id = ?1) AND NOT EXISTS"
+            " (SELECT 1 FROM layers WHERE layers.diff_id = blobs.diff_id AND layers.id != ?1)",
+            (layer_id,),
+        )
+        return self.connection.execute("DELETE FROM layers WHERE id = ?", (layer_id,)).rowcount == 1
+
+
+def _json(value: Mapping[str, object]) -> str:
+    return json.dumps(dict(value), sort_keys=True)
+
+
+class Metastore:
+    """The transactions as coroutines. Every one raises Internal where SQLite fails, and what it says itself.
+
+    A caller that is cancelled leaves its transaction to end: it happened or it did not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metastore")
+        self._database = self._thread.submit(_Database, path, read_only=False).result()
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._database.connection.close)
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[Concatenate[_Database, _P], _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        def call() -> _T:
+            try:
+                return self._database.transaction(lambda: work(self._database, *arguments, **named))
+            except sqlite3.Error as error:
+                raise Internal(f"metadata: {error}") from error
+
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, call))
+
+    async def stat(self, snapshotter: str, name: str) -> Snapshot:
+        """Raises NotFound."""
+        return await self._run(_Database.existing, snapshotter, name)
+
+    async def find(self, snapshotter: str, name: str) -> Snapshot | None:
+        return await self._run(_Database.snapshot, snapshotter, name)
+
+    async def by_id(self, snapshot_id: SnapshotID) -> Snapshot | None:
+        return await self._run(_Database.by_id, snapshot_id)
+
+    async def snapshots(self, snapshotter: str | None = None) -> list[Snapshot]:
+        """Parents before their children."""
+        return await self._run(_Database.snapshots, snapshotter)
+
+    async def create(
+        self, snapshotter: str, key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, extraction: bool
+    ) -> Snapshot:
+        """Raises AlreadyExists, NotFound (parent), InvalidArgument (parent not committed)."""
+        return await self._run(_Database.create, snapshotter, key, parent, kind, labels, extraction=extraction)
+
+    async def set_layer(self, snapshot_id: SnapshotID, layer_id: LayerID) -> bool:
+        """False where the snapshot is no longer active."""
+        return await self._run(_Database.set_layer, snapshot_id, layer_id)
+
+    async def commit(
+        self, snapshot: Snapshot, name: str, labels: Mapping[str, str], layer_id: LayerID, chain: ChainID | None
+    ) -> None:
+        """Raises NotFound, FailedPrecondition (not active), AlreadyExists (name)."""
+        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain)
+
+    async def remove(self, snapshotter: str, key: str) -> Snapshot:
+        """Raises NotFound, FailedPrecondition (has children)."""
+        return await self._run(_Database.remove, snapshotter, key)
+
+    async def update_labels(
+        self, snapshotter: str, name: str, change: Callable[[dict[str, str]], Mapping[str, str]]
+    ) -> Snapshot:
+        """Raises NotFound, and what `change` raises."""
+        return await self._run(_Database.update_labels, snapshotter, name, change)
+
+    async def chain(self, snapshot_id: SnapshotID | None) -> list[Layer]:
+        return await self._run(_Database.chain, snapshot_id)
+
+    async def layers_in_use(self) -> set[LayerID]:
+        return await self._run(_Database.layers_in_use)
+
+    async def layer(self, diff_id: str, format: str) -> Layer | None:
+        return await self._run(_Database.layer, diff_id, format)
+
+    async def layer_by_id(self, layer_id: LayerID) -> Layer | None:
+        return await self._run(_Database.layer_by_id, layer_id)
+
+    async def layers(self) -> list[Layer]:
+        return await self._run(_Database.layers)
+
+    async def blob(self, digest: str, compression: str) -> tuple[str, int] | None:
+        """(diff ID, size in bytes) of a blob that was built before."""
+        return await self._run(_Database.blob, digest, compression)
+
+    async def publish(self, record: BuildRecord, compression: str, build_seconds: float) -> Layer:
+        """The layer READY and the mapping from its blob, in one transaction. Raises Internal."""
+        return await self._run(_Database.publish, record, compression, build_seconds)
+
+    async def mark_broken(self, layer_ids: Iterable[LayerID]) -> None:
+        await self._run(_Database.mark_broken, list(layer_ids))
+
+    async def delete_layer(self, layer_id: LayerID) -> bool:
+        """The layer and the blobs that lead to it; False where a snapshot refers to it."""
+        return await self._run(_Database.delete_layer, layer_id)
+
+
+def read(path: Path) -> tuple[list[Snapshot], list[Layer]]:
+    """All there is, for a tool beside the daemon. Raises Internal."""
+    try:
+        database = _Database(path, read_only=True)
+        try:
+            return database.snapshots(None), database.layers()
+        finally:
+            database.connection.close()
+    except sqlite3.Error as error:
+        raise Internal(f"{path}: {error}") from None

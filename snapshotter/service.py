@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""protobuf ↔ our types; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Final
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from snapshotter.api.proto import (
+    diff_pb2,
+    diff_pb2_grpc,
+    snapshots_pb2,
+    snapshots_pb2_grpc,
+    types_pb2,
+)
+from snapshotter.content import Blob, Caller
+from snapshotter.contracts import Mount
+from snapshotter.errors import Unimplemented
+from snapshotter.metastore import Kind, Snapshot
+from snapshotter.snapshots import Snapshots
+
+_KINDS: Final = {
+    Kind.VIEW: snapshots_pb2.VIEW,
+    Kind.ACTIVE: snapshots_pb2.ACTIVE,
+    Kind.COMMITTED: snapshots_pb2.COMMITTED,
+}
+_TAR: Final = "application/vnd.oci.image.layer.v1.tar"
+# A message of the list stays far below gRPC's 4 MiB, labels (4 KiB each pair) included.
+_LIST_MESSAGE_BYTES: Final = 256 << 10
+
+
+def _caller(context: Any, key: str = "") -> Caller:
+    metadata = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
+    return Caller.of(metadata, key)
+
+
+def _mounts(mounts: Iterable[Mount]) -> list[types_pb2.Mount]:
+    return [types_pb2.Mount(type=mount.type, source=mount.source, options=mount.options) for mount in mounts]
+
+
+def _from_mounts(mounts: Sequence[types_pb2.Mount]) -> list[Mount]:
+    return [Mount(mount.type, mount.source, tuple(mount.options)) for mount in mounts]
+
+
+def _time(nanoseconds: int) -> Timestamp:
+    return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
+
+
+def _info(snapshot: Snapshot) -> snapshots_pb2.Info:
+    return snapshots_pb2.Info(
+        name=snapshot.name,
+        parent=snapshot.parent,
+        kind=_KINDS[snapshot.kind],
+        created_at=_time(snapshot.created_ns),
+        updated_at=_time(snapshot.updated_ns),
+        labels=snapshot.labels,
+    )
+
+
+class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    async def Prepare(self, request: Any, context: Any) -> snapshots_pb2.PrepareSnapshotResponse:
+        mounts = await self._snapshots.prepare(
+            request.snapshotter, request.key, request.parent, dict(request.labels), _caller(context, request.key)
+        )
+        return snapshots_pb2.PrepareSnapshotResponse(mounts=_mounts(mounts))
+
+    async def View(self, request: Any, context: Any) -> snapshots_pb2.ViewSnapshotResponse:
+        mounts = await self._snapshots.view(request.snapshotter, request.key, request.parent, dict(request.labels))
+        return snapshots_pb2.ViewSnapshotResponse(mounts=_mounts(mounts))
+
+    async def Mounts(self, request: Any, context: Any) -> snapshots_pb2.MountsResponse:
+        return snapshots_pb2.MountsResponse(
+            mounts=_mounts(await self._snapshots.mounts(request.snapshotter, request.key))
+        )
+
+    async def Commit(self, request: Any, context: Any) -> Empty:
+        await self._snapshots.commit(
+            request.snapshotter, request.name, request.key, dict(request.labels), _caller(context, request.key)
+        )
+        return Empty()
+
+    async def Remove(self, request: Any, context: Any) -> Empty:
+        await self._snapshots.remove(request.snapshotter, request.key)
+        return Empty()
+
+    async def Stat(self, request: Any, context: Any) -> snapshots_pb2.StatSnapshotResponse:
+        return snapshots_pb2.StatSnapshotResponse(
+            info=_info(await self._snapshots.stat(request.snapshotter, request.key))
+        )
+
+    async def Update(self, request: Any, context: Any) -> snapshots_pb2.UpdateSnapshotResponse:
+        snapshot = await self._snapshots.update(
+            request.snapshotter, request.info.name, dict(request.info.labels), list(request.update_mask.paths)
+        )
+        return snapshots_pb2.UpdateSnapshotResponse(info=_info(snapshot))
+
+    async def List(self, request: Any, context: Any) -> AsyncIterator[snapshots_pb2.ListSnapshotsResponse]:
+        message, size = snapshots_pb2.ListSnapshotsResponse(), 0
+        for snapshot in await self._snapshots.walk(request.snapshotter, list(request.filters)):
+            info = _info(snapshot)
+            message.info.append(info)
+            size += info.ByteSize()
+            if size > _LIST_MESSAGE_BYTES:
+                yield message
+                message, size = snapshots_pb2.ListSnapshotsResponse(), 0
+        if message.info:
+            yield message
+
+    async def Usage(self, request: Any, context: Any) -> snapshots_pb2.UsageResponse:
+        use = await self._snapshots.usage(request.snapshotter, request.key)
+        return snapshots_pb2.UsageResponse(size=use.size_bytes, inodes=use.inodes)
+
+    async def Cleanup(self, request: Any, context: Any) -> Empty:
+        await self._snapshots.cleanup(request.snapshotter)
+        return Empty()
+
+
+class DiffService(diff_pb2_grpc.DiffServicer):
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    async def Apply(self, request: Any, context: Any) -> diff_pb2.ApplyResponse:
+        blob = Blob(request.diff.digest, request.diff.size, request.diff.media_type)
+        layer = await self._snapshots.apply(blob, _from_mounts(request.mounts), _caller(context))
+        return diff_pb2.ApplyResponse(
+            applied=types_pb2.Descriptor(media_type=_TAR, digest=layer.diff_id, size=layer.tar_size_bytes)
+        )
+
+    async def Diff(self, request: Any, context: Any) -> diff_pb2.DiffResponse:
+        # containerd then asks the next differ of its list, which compares the mounted trees.
+        raise Unimplemented("Diff is left to containerd's own differ")

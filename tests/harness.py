@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers with private directories and sockets: our daemon, containerd, a registry. For tests and the demo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+CACHE = CHECKOUT / ".cache"
+BIN = Path(sys.executable).parent
+SNAPSHOTTER = "tardev-host"
+TRIXIE = CACHE / "trixie" / "root"
+# After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
+RETRY_SECONDS = 10.0
+
+
+class ProcessFailed(Exception):
+    pass
+
+
+def run(*argv: str | Path, timeout: float = 120, check: bool = True, **options: object) -> str:
+    """Standard output. Raises ProcessFailed with what the program said."""
+    done = subprocess.run(
+        [str(arg) for arg in argv],
+        capture_output=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        **options,  # type: ignore[call-overload]
+    )
+    out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    if check and done.returncode:
+        raise ProcessFailed(f"{' '.join(map(str, argv))}: status {done.returncode}\n{out}{err}")
+    return out
+
+
+def wait_for(what: str, check: object, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen in {seconds} s")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """One process, its output in a file."""
+
+    name = "server"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.log = directory / f"{self.name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def _start(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(arg) for arg in argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, **(env or {})}, start_new_session=True,
+            )  # fmt: skip
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def wait_until(self, what: str, check: object, seconds: float = 30) -> None:
+        def look() -> bool:
+            if not self.alive():
+                raise ProcessFailed(f"{self.name} died before {what}:\n{self.log.read_text(errors='replace')[-4000:]}")
+            return bool(check())  # type: ignore[operator]
+
+        wait_for(f"{self.name}: {what}", look, seconds)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process is not None:
+            if self.alive():
+                self.process.send_signal(number)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+
+class Daemon(Server):
+    """Ours."""
+
+    name = "daemon"
+
+    def __init__(self, directory: Path, containerd_root: Path, extra: str = "", containerd_socket: str = "") -> None:
+        super().__init__(directory)
+        self.root = directory / "root"
+        self.address = directory / "s.sock"
+        self.metrics_port = free_port()
+        self.config = directory / "config.toml"
+        self.config.write_text(
+            f'root = "{self.root}"\naddress = "{self.address}"\n'
+            f'[containerd]\naddress = "{containerd_socket or "/nonexistent"}"\n'
+            f'content = "{containerd_root}/io.containerd.content.v1.content"\n'
+            f'[metrics]\naddress = "127.0.0.1:{self.metrics_port}"\n'
+            f'[builds]\nfree_space_reserve = "0"\n{extra}'
+        )
+
+    def start(self, env: Mapping[str, str] | None = None) -> None:
+        self._start([BIN / "tardev-snapshotter", "--config", self.config], env)
+        self.wait_until("serves", lambda: '"event": "serving"' in self.log.read_text().rpartition("reset")[2])
+
+    def restart(self, env: Mapping[str, str] | None = None) -> None:
+        with self.log.open("a") as log:
+            log.write("reset\n")
+        self.start(env)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Summed over the series that have the labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        total = 0.0
+        for line in text.splitlines():
+            match = re.match(r"([a-z_]+)(?:\{(.*)\})? (\S+)$", line)
+            if match and match[1] == name and all(f'{k}="{v}"' in (match[2] or "") for k, v in labels.items()):
+                total += float(match[3])
+        return total
+
+    def staged(self) -> list[Path]:
+        return sorted((self.root / "staging").iterdir())
+
+    def layer_files(self) -> list[Path]:
+        return sorted(path for path in (self.root / "layers").rglob("*") if path.is_file())
+
+    def mounts(self) -> list[str]:
+        text = Path("/proc/self/mountinfo").read_text()
+        return [line.split()[4] for line in text.splitlines() if line.split()[4].startswith(f"{self.root}/")]
+
+    def tardevctl(self, *arguments: str) -> object:
+        return json.loads(run(BIN / "tardevctl", *arguments, "--json", "--config", self.config))
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Client]:
+        with grpc.insecure_channel(f"unix:{self.address}") as channel:
+            yield Client(snapshots_pb2_grpc.SnapshotsStub(channel), diff_pb2_grpc.DiffStub(channel))  # type: ignore[no-untyped-call]
+
+    def clean_up(self) -> None:
+        self.stop()
+        for point in reversed(self.mounts()):
+            run("umount", "-l", point, check=False)
+
+
+@dataclass
+class Client:
+    """Stubs of what containerd calls."""
+
+    snapshots: snapshots_pb2_grpc.SnapshotsStub
+    diff: diff_pb2_grpc.DiffStub
+
+
+@dataclass(frozen=True)
+class Release:
+    """A containerd with its ctr."""
+
+    label: str
+    containerd: Path
+    ctr: Path
+
+    @property
+    def version(self) -> tuple[int, int]:
+        match = re.search(r"v?(\d+)\.(\d+)\.\d+", run(self.containerd, "--version"))
+        assert match
+        return int(match[1]), int(match[2])
+
+
+def releases() -> dict[str, Release]:
+    """ "system": Debian's own, 1.6 or 1.7; "later": 2.1 or later, of a later suite."""
+    later = CACHE / "forky" / "root" / "usr" / "bin"
+    found = {}
+    system = shutil.which("containerd")
+    if system:
+        found["system"] = Release("system", Path(system), Path(shutil.which("ctr") or "ctr"))
+    if (later / "containerd").exists():
+        found["later"] = Release("later", later / "containerd", later / "ctr")
+    return found
+
+
+@dataclass
+class Containerd(Server):
+    release: Release
+    directory: Path
+    daemon_address: Path
+    namespace: str = "default"
+    name: str = "containerd"
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        Server.__init__(self, self.directory)
+        self.root, self.state = self.directory / "root", self.directory / "state"
+        self.address = self.directory / "c.sock"
+        self.config = self.directory / "config.toml"
+        self.config.write_text(self._configuration())
+
+    @property
+    def has_differ(self) -> bool:
+        return self.release.version >= (1, 7)
+
+    def _configuration(self) -> str:
+        modern = self.release.version >= (2, 0)
+        text = (
+            f"version = {3 if modern else 2}\nroot = '{self.root}'\nstate = '{self.state}'\n"
+            "disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images',"
+            " 'io.containerd.cri.v1.runtime', 'io.containerd.internal.v1.opt', 'io.containerd.nri.v1.nri']\n"
+            f"[grpc]\naddress = '{self.address}'\n[ttrpc]\naddress = '{self.address}.ttrpc'\n"
+            f"[proxy_plugins.{SNAPSHOTTER}]\ntype = 'snapshot'\naddress = '{self.daemon_address}'\n"
+        )
+        if self.has_differ:
+            text += (
+                f"[proxy_plugins.tardev-diff]\ntype = 'diff'\naddress = '{self.daemon_address}'\n"
+                "[plugins.'io.containerd.service.v1.diff-service']\ndefault = ['tardev-diff', 'walking']\n"
+            )
+            for snapshotter, differ in ((SNAPSHOTTER, "tardev-diff"), ("overlayfs", "walking")):
+                text += (
+                    "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = 'linux/amd64'\n"
+                    f"snapshotter = '{snapshotter}'\ndiffer = '{differ}'\n"
+                )
+        return text
+
+    def start(self) -> None:
+        self._start([self.release.containerd, "--config", self.config])
+        self.wait_until("answers", self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            self.ctr("version", timeout=10)
+        except (ProcessFailed, subprocess.TimeoutExpired):
+            return False
+        return True
+
+    def ctr(self, *arguments: str | Path, namespace: str = "", timeout: float = 300) -> str:
+        return run(
+            self.release.ctr, "--address", self.address, "--namespace", namespace or self.namespace, *arguments,
+            timeout=timeout,
+        )  # fmt: skip
+
+    def retry(self, *arguments: str | Path, namespace: str = "") -> str:
+        """As an orchestrator would, over the time of containerd's back-off."""
+        deadline = time.monotonic() + RETRY_SECONDS
+        while True:
+            try:
+                return self.ctr(*arguments, namespace=namespace)
+            except ProcessFailed:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def import_image(self, archive: Path, *flags: str, namespace: str = "") -> None:
+        self.ctr("images", "import", *flags, "--snapshotter", SNAPSHOTTER, archive, namespace=namespace)
+
+    def pull(self, reference: str, *, namespace: str = "") -> None:
+        self.ctr("images", "pull", "--plain-http", "--snapshotter", SNAPSHOTTER, reference, namespace=namespace)
+
+    def run_container(self, image: str, name: str, *command: str, namespace: str = "") -> str:
+        return self.ctr(
+            "run", "--rm", "--snapshotter", SNAPSHOTTER, image, name, *command, namespace=namespace
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def mounted(self, image: str, target: Path, namespace: str = "") -> Iterator[Path]:
+        target.mkdir(exist_ok=True)
+        self.ctr("images", "mount", "--snapshotter", SNAPSHOTTER, image, target, namespace=namespace)
+        try:
+            yield target
+        finally:
+            self.ctr("images", "unmount", "--rm", "--snapshotter", SNAPSHOTTER, target, namespace=namespace)
+
+    def clean_up(self) -> None:
+        if self.alive():
+            for namespace in run(
+                self.release.ctr, "--address", self.address, "namespaces", "list", "-q", check=False
+            ).split():
+                for container in self.ctr("tasks", "list", "-q", namespace=namespace).split():
+                    self.ctr("tasks", "kill", "-s", "SIGKILL", container, namespace=namespace)
+        self.stop()
+
+
+class Registry(Server):
+    """docker-registry on the loopback, plain HTTP."""
+
+    name = "registry"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        self.host = f"localhost:{self.port}"
+
+    def start(self) -> None:
+        config = self.directory / "config.yml"
+        config.write_text(
+            f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {self.directory}/data}}}}\n"
+            f"http: {{addr: '127.0.0.1:{self.port}'}}\n"
+        )
+        program = shutil.which("docker-registry") or "docker-registry"
+        self._start([program, "serve", config], {"OTEL_TRACES_EXPORTER": "none"})
+        self.wait_until("answers", self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.host}/v2/", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def push(self, archive: Path, name: str) -> str:
+        """An OCI archive, every layer as it is; the reference to pull."""
+        reference = f"{self.host}/{name}"
+        run(
+            "skopeo", "copy", "--quiet", "--insecure-policy", "--dest-tls-verify=false", "--preserve-digests",
+            f"oci-archive:{archive}", f"docker://{reference}",
+        )  # fmt: skip
+        return reference
+
+
+def erofs_tool(name: str, *arguments: str | Path, check: bool = True) -> str:
+    """A program of erofs-utils 1.8 or later, with the C library of its own suite."""
+    loader = TRIXIE / "usr/lib64/ld-linux-x86-64.so.2"
+    libraries = f"{TRIXIE}/usr/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu"
+    return run(loader, "--library-path", libraries, TRIXIE / "usr/bin" / name, *arguments, check=check)
+
+
+def make_images(directory: Path, *names: str) -> Path:
+    run(sys.executable, CHECKOUT / "tests/images/mkimage.py", "build", directory, *names)
+    return directory
+
+
+def check_tree(promised: Path, rootfs: Path) -> str:
+    """Differences to the promised tree, one a line; "" without any."""
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "tests/images/mkimage.py"), "check", str(promised), str(rootfs)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return "" if done.returncode == 0 else done.stdout + done.stderr
