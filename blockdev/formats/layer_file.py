@@ -202,8 +202,9 @@ class VerifiedWriter:
 class LayerWriter:
     """One layer in the `tar-index` format.
 
-    `write` appends to the layer file, `write_head` replaces its first bytes (called once, with 4096
-    bytes, when all else is known). `leaves` holds the leaf digests. Every sink raises BlockdevError.
+    `write` appends to the layer file behind its head, `write_head` puts the 4096 bytes of the head in
+    front (called once, last). So each byte is written once. `leaves` holds the leaf digests. Every
+    sink raises BlockdevError.
     """
 
     def __init__(
@@ -221,8 +222,9 @@ class LayerWriter:
         self._tree = FileTree(limits)
         self._scanner = TarScanner(self._tree.add, limits)
         self._writer = VerifiedWriter(write, leaves, layer_format.params)
-        # The head's place is taken now and its bytes follow last.
-        self._writer.write(bytes(HEAD_BYTES))
+        # The head's place is taken now; its bytes, and their digests, follow last.
+        self._writer.hash(bytes(HEAD_BYTES))
+        self._writer.size_bytes = HEAD_BYTES
 
     def sinks(self) -> tuple[Callable[[Buffer], None], ...]:
         """Independent of each other; each sees every piece of the tar once, in order."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from blockdev.errors import BlockdevError, DigestMismatch, LimitExceeded
-from blockdev.formats.layer_file import BuiltLayer, LayerWriter, format_named
+from blockdev.formats.layer_file import HEAD_BYTES, BuiltLayer, LayerWriter, format_named
 from blockdev.workers import protocol
 from blockdev.workers.pipeline import Pipeline
 from verity.buffers import Buffer
@@ -35,7 +35,7 @@ class StagedFile:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._offset = self._started = 0
+        self._offset = self._started = HEAD_BYTES  # the head comes last
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def write(self, data: Buffer) -> None:

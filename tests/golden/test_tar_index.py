@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from blockdev.errors import BlockdevError
-from blockdev.formats.layer_file import FORMATS, BuiltLayer, LayerWriter
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
 from tests.golden import make_tars
 from verity.hasher import LeafStore
@@ -21,7 +21,8 @@ VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "tar-index.j
 
 
 def build(tar: bytes, piece_bytes: int = 1 << 20) -> tuple[BuiltLayer, bytes]:
-    out = io.BytesIO()
+    out = io.BytesIO(bytes(HEAD_BYTES))
+    out.seek(HEAD_BYTES)
 
     def write_head(head: bytes) -> None:
         out.getbuffer()[: len(head)] = head

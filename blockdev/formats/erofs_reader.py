@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the index of a layer file again. Every offset and count in it is taken for hostile.
+
+Understands what our writer writes, nothing more: extended inodes, plain and inline data, inline xattrs.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from blockdev.errors import FormatError, LimitExceeded
+from blockdev.formats import erofs
+from blockdev.formats.file_tree import S_IFBLK, S_IFCHR, S_IFDIR, S_IFLNK, S_IFREG
+
+ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes
+_XATTR_PREFIX: Final = {
+    1: b"user.",
+    2: b"system.posix_acl_access",
+    3: b"system.posix_acl_default",
+    4: b"trusted.",
+    6: b"security.",
+}
+_DIRECTORY_BYTES_MAX: Final = 1 << 30
+_FORMAT: Final = 0o170000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name. `mode` is a whole st_mode, `data_offset_bytes` that of a regular file's data in the layer file."""
+
+    path: bytes
+    nid: int
+    mode: int
+    uid: int
+    gid: int
+    size_bytes: int
+    mtime: tuple[int, int]  # seconds, nanoseconds
+    nlink: int
+    rdev: tuple[int, int]
+    link: bytes
+    data_offset_bytes: int
+    xattrs: dict[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inode:
+    mode: int
+    layout: int
+    size_bytes: int
+    address: int
+    uid: int
+    gid: int
+    mtime: tuple[int, int]
+    nlink: int
+    xattr_bytes: int
+    end_offset: int  # of record and xattrs: where inlined data starts
+
+
+class Reader:
+    """Over the data area of a layer file. Raises FormatError or LimitExceeded, here and in `walk`."""
+
+    def __init__(self, read_at: ReadAt, data_size_bytes: int) -> None:
+        self._read_at, self._size = read_at, data_size_bytes
+        self.superblock = erofs.Superblock.unpack(
+            self._read(erofs.SUPERBLOCK_OFFSET_BYTES, erofs.Superblock.LAYOUT.size)
+        )
+        if not 9 <= self.superblock.block_bits <= 12:
+            raise FormatError(f"EROFS blocks of 2^{self.superblock.block_bits} bytes")
+        self.block_bytes = 1 << self.superblock.block_bits
+        if self.superblock.blocks * self.block_bytes > data_size_bytes:
+            raise FormatError("EROFS claims more blocks than the data area has")
+        covered = bytearray(self._read(erofs.SUPERBLOCK_OFFSET_BYTES, self.block_bytes))
+        covered[4:8] = bytes(4)
+        if erofs.crc32c(covered) != self.superblock.checksum:
+            raise FormatError("EROFS superblock has a wrong checksum")
+
+    def walk(self) -> Iterator[Entry]:
+        """Every name, the root's b"" first, parents before children, names of a directory in their order."""
+        todo = [(b"", self.superblock.root_nid)]
+        directories: set[int] = set()
+        names = 0
+        while todo:
+            path, nid = todo.pop()
+            inode = self._inode(nid)
+            yield self._entry(path, nid, inode)
+            if inode.mode & _FORMAT == S_IFDIR:
+                if nid in directories:
+                    raise FormatError(f"directory {nid} has two names")
+                directories.add(nid)
+                children = list(self._children(inode))
+                names += len(children)
+                # A name costs 13 bytes of metadata at the least.
+                if names * erofs.DIRENT.size > self._size:
+                    raise LimitExceeded("more names than the data area has room for")
+                prefix = path + b"/" if path else b""
+                todo += [(prefix + name, child) for name, child in reversed(children)]
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if offset < 0 or offset + size > self._size:
+            raise FormatError(f"index points at bytes {offset} to {offset + size} of {self._size}")
+        data = self._read_at(offset, size)
+        if len(data) != size:
+            raise FormatError(f"layer file ends at byte {offset + len(data)}")
+        return data
+
+    def _inode(self, nid: int) -> _Inode:
+        offset = self.superblock.meta_block * self.block_bytes + nid * erofs.NID_UNIT_BYTES
+        fields = erofs.INODE.unpack(self._read(offset, erofs.INODE_BYTES))
+        kind, xattr_count, mode, size, address, _, uid, gid, seconds, nanoseconds, nlink = fields
+        layout = kind >> 1
+        if not kind & 1 or layout not in (erofs.LAYOUT_PLAIN, erofs.LAYOUT_INLINE):
+            raise FormatError(f"inode {nid} has format {kind:#x}, which is not ours")
+        if mode & _FORMAT not in erofs.FILE_TYPES:
+            raise FormatError(f"inode {nid} has mode {mode:#o}")
+        xattr_bytes = erofs.XATTR_HEADER_BYTES + 4 * (xattr_count - 1) if xattr_count else 0
+        end = offset + erofs.INODE_BYTES + xattr_bytes
+        return _Inode(mode, layout, size, address, uid, gid, (seconds, nanoseconds), nlink, xattr_bytes, end)
+
+    def _entry(self, path: bytes, nid: int, inode: _Inode) -> Entry:
+        kind = inode.mode & _FORMAT
+        rdev, link, offset = (0, 0), b"", 0
+        if kind in (S_IFCHR, S_IFBLK):
+            number = inode.address
+            rdev = (number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
+        elif kind == S_IFLNK:
+            if inode.size_bytes > 4095:
+                raise FormatError(f"symlink {path!r} of {inode.size_bytes} bytes")
+            link = self._content(inode)
+        elif kind == S_IFREG and inode.size_bytes:
+            offset = inode.address * self.block_bytes
+            if inode.layout != erofs.LAYOUT_PLAIN or offset + inode.size_bytes > self._size:
+                raise FormatError(f"data of {path!r} lies outside the data area")
+        return Entry(
+            path, nid, inode.mode, inode.uid, inode.gid, inode.size_bytes, inode.mtime, inode.nlink, rdev, link, offset,
+            self._xattrs(inode),
+        )  # fmt: skip
+
+    def _content(self, inode: _Inode) -> bytes:
+        """Of a directory or symlink."""
+        start = inode.address * self.block_bytes
+        if inode.layout == erofs.LAYOUT_PLAIN:
+            return self._read(start, inode.size_bytes)
+        tail = inode.size_bytes % self.block_bytes or (self.block_bytes if inode.size_bytes else 0)
+        full = inode.size_bytes - tail
+        if (
+            inode.end_offset // self.block_bytes
+            != max(inode.end_offset, inode.end_offset + tail - 1) // self.block_bytes
+        ):
+            raise FormatError("inlined data crosses a block")
+        return (self._read(start, full) if full else b"") + self._read(inode.end_offset, tail)
+
+    def _children(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
+        if inode.size_bytes > _DIRECTORY_BYTES_MAX:
+            raise LimitExceeded(f"directory of {inode.size_bytes} bytes")
+        content = self._content(inode)
+        last = b""
+        for start in range(0, len(content), self.block_bytes):
+            block = content[start : start + self.block_bytes]
+            if len(block) < erofs.DIRENT.size:
+                raise FormatError("directory block without entries")
+            first = erofs.DIRENT.unpack_from(block)[1]
+            if first % erofs.DIRENT.size or not erofs.DIRENT.size <= first <= len(block):
+                raise FormatError("directory block in disorder")
+            records = [erofs.DIRENT.unpack_from(block, at) for at in range(0, first, erofs.DIRENT.size)]
+            ends = [record[1] for record in records[1:]] + [len(block)]
+            for (nid, begin, _), end in zip(records, ends, strict=True):
+                if not first <= begin < end <= len(block):
+                    raise FormatError("directory entry in disorder")
+                name = block[begin:end].rstrip(b"\0")
+                if not name or len(name) > 255 or b"/" in name or b"\0" in name or name <= last:
+                    raise FormatError(f"directory entry with the name {name[:80]!r}")
+                last = name
+                if name not in (b".", b".."):
+                    yield name, nid
+
+    def _xattrs(self, inode: _Inode) -> dict[bytes, bytes]:
+        if not inode.xattr_bytes:
+            return {}
+        area = self._read(inode.end_offset - inode.xattr_bytes, inode.xattr_bytes)
+        found, position = {}, erofs.XATTR_HEADER_BYTES
+        try:
+            while position + erofs.XATTR_ENTRY.size <= len(area):
+                name_bytes, index, value_bytes = erofs.XATTR_ENTRY.unpack_from(area, position)
+                position += erofs.XATTR_ENTRY.size
+                end = position + name_bytes + value_bytes
+                if end > len(area) or index not in _XATTR_PREFIX:
+                    raise FormatError("xattrs in disorder")
+                found[_XATTR_PREFIX[index] + area[position : position + name_bytes]] = area[position + name_bytes : end]
+                position = end + -end % 4
+        except struct.error:
+            raise FormatError("xattrs in disorder") from None
+        return found

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on layer files, without their words on the screen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blockdev.errors import FormatError
+from blockdev.formats.compression import MEDIA_TYPES, detect
+from blockdev.formats.erofs_reader import Reader
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, TRAILER_BYTES, Identity, Trailer, format_named
+from blockdev.workers.launch import BuildRequest, run_build
+from verity.errors import VerityError
+from verity.table import dm_table
+from verity.tree import Geometry
+from verity.verify import verify_all
+
+
+def build(source: Path, output: Path, format: str) -> dict[str, Any]:
+    """Raises BlockdevError, OSError; `output` is then as it was."""
+    format_named(format)
+    directory = output.absolute().parent
+    # Unbuffered: the builder reads on from where the descriptor, not the object, stands.
+    with source.open("rb", buffering=0) as blob, tempfile.TemporaryFile(dir=directory) as spool:
+        head = os.pread(blob.fileno(), 4, 0)
+        media_type = next(name for name, kind in MEDIA_TYPES.items() if kind is detect(head))
+        fd, staged = tempfile.mkstemp(dir=directory, prefix=f".{output.name}.")
+        try:
+            request = BuildRequest(
+                blob_fd=blob.fileno(),
+                staged_fd=fd,
+                spool_fd=spool.fileno(),
+                format=format,
+                media_type=media_type,
+                layer_name=str(source),
+                expected_size_bytes=os.fstat(blob.fileno()).st_size,
+            )
+            record = asyncio.run(run_build(request))
+            os.fchmod(fd, 0o444)
+            os.rename(staged, output)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(staged)
+            raise
+        finally:
+            os.close(fd)
+    return {
+        "format": record.format,
+        "diff_id": record.diff_id,
+        "root_hash": record.root_hash,
+        "tar_size_bytes": record.tar_size_bytes,
+        "data_size_bytes": record.data_size_bytes,
+        "tree_size_bytes": record.tree_size_bytes,
+        "file_size_bytes": record.file_size_bytes,
+        "entries": record.entries,
+        "warnings": record.warnings,
+    }
+
+
+def _open(file: BinaryIO) -> tuple[str, Identity, Trailer]:
+    """(format, identity, trailer), agreeing with each other and with the file's size. Raises FormatError."""
+    size = os.fstat(file.fileno()).st_size
+    if size < HEAD_BYTES + TRAILER_BYTES:
+        raise FormatError(f"file of {size} bytes is no layer file")
+    trailer = Trailer.unpack(os.pread(file.fileno(), TRAILER_BYTES, size - TRAILER_BYTES))
+    if size != trailer.file_size_bytes:
+        raise FormatError(f"file has {size} bytes, its trailer says {trailer.file_size_bytes}")
+    identity = Identity.unpack(os.pread(file.fileno(), HEAD_BYTES, 0))
+    if identity.diff_id != trailer.diff_id:
+        raise FormatError("identity record and trailer name different diff IDs")
+    name = next(known.name for known in FORMATS.values() if known.params == trailer.params)
+    return name, identity, trailer
+
+
+def verify(path: Path, root_hash: str) -> dict[str, Any]:
+    """Raises FormatError, VerityError: the message names the first bad block."""
+    try:
+        root = bytes.fromhex(root_hash)
+    except ValueError:
+        root = b""
+    if len(root) != 32:
+        raise VerityError(f"root hash {root_hash!r} is not 64 hexadecimal digits")
+    with path.open("rb") as file:
+        name, identity, trailer = _open(file)
+        # Sizes are not bound by the root hash: the format's rules and the file's size decide about them.
+        geometry = Geometry(trailer.data_blocks, trailer.params)
+        if geometry.tree_size_bytes != trailer.tree_size_bytes or len(geometry.levels) != trailer.levels:
+            raise FormatError("trailer names a tree of another shape than its data has")
+        verify_all(lambda offset, size: os.pread(file.fileno(), size, offset), geometry, root)
+    return {
+        "format": name,
+        "diff_id": "sha256:" + identity.diff_id.hex(),
+        "root_hash": root.hex(),
+        "data_size_bytes": trailer.data_size_bytes,
+        "data_block_bytes": trailer.params.data_block_bytes,
+        "hash_block_bytes": trailer.params.hash_block_bytes,
+        "data_blocks": geometry.data_blocks,
+        "verified": True,
+    }
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Raises FormatError."""
+    with path.open("rb") as file:
+        name, identity, trailer = _open(file)
+        reader = Reader(lambda offset, size: os.pread(file.fileno(), size, offset), trailer.data_size_bytes)
+    geometry = Geometry(trailer.data_blocks, trailer.params)
+    uuid = reader.superblock.uuid.hex()
+    return {
+        "format": name,
+        "diff_id": "sha256:" + identity.diff_id.hex(),
+        "root_hash": trailer.root_hash.hex(),
+        "tar_offset_bytes": identity.tar_offset_bytes,
+        "tar_size_bytes": identity.tar_size_bytes,
+        "metadata_offset_bytes": identity.metadata_offset_bytes,
+        "data_size_bytes": trailer.data_size_bytes,
+        "tree_size_bytes": trailer.tree_size_bytes,
+        "file_size_bytes": trailer.file_size_bytes,
+        "data_block_bytes": trailer.params.data_block_bytes,
+        "hash_block_bytes": trailer.params.hash_block_bytes,
+        "tree_levels": trailer.levels,
+        "entries": reader.superblock.inodes,
+        "uuid": "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:])),
+        "dm_table": dm_table("DEVICE", geometry, trailer.root_hash),
+    }
+
+
+def _text(raw: bytes) -> str:
+    """Names are bytes; what is not UTF-8 is escaped."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Raises FormatError, LimitExceeded."""
+    with path.open("rb") as file:
+        _, _, trailer = _open(file)
+        reader = Reader(lambda offset, size: os.pread(file.fileno(), size, offset), trailer.data_size_bytes)
+        for entry in reader.walk():
+            yield {
+                "path": "/" + _text(entry.path),
+                "mode": f"{entry.mode:06o}",
+                "uid": entry.uid,
+                "gid": entry.gid,
+                "size_bytes": entry.size_bytes,
+                "mtime": entry.mtime[0],
+                "mtime_ns": entry.mtime[1],
+                "nlink": entry.nlink,
+                "inode": entry.nid,
+                "rdev": f"{entry.rdev[0]}:{entry.rdev[1]}",
+                "link": _text(entry.link),
+                "xattrs": {_text(name): value.hex() for name, value in entry.xattrs.items()},
+            }
+
+
+def long_line(entry: dict[str, Any]) -> str:
+    """As `ls -l` shows it; control characters escaped."""
+    mode = int(entry["mode"], 8)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["mtime"]))
+    size = entry["rdev"] if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else entry["size_bytes"]
+    name = entry["path"] + (f" -> {entry['link']}" if entry["link"] else "")
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
+    owner = f"{entry['uid']}:{entry['gid']}"
+    return f"{stat.filemode(mode)} {entry['nlink']:>3} {owner:>11} {size:>10} {when} {shown}"
