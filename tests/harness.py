@@ -21,6 +21,7 @@ from pathlib import Path
 
 import grpc
 
+from blockdev.kernel.mounts import mounted_below
 from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,11 @@ def wait_for(what: str, check: object, seconds: float = 30) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen in {seconds} s")
         time.sleep(0.02)
+
+
+def unmount_below(directory: Path) -> None:
+    for entry in reversed(mounted_below(directory)):
+        run("umount", "-l", entry.mount_point, check=False)
 
 
 def free_port() -> int:
@@ -155,8 +161,7 @@ class Daemon(Server):
         return sorted(path for path in (self.root / "layers").rglob("*") if path.is_file())
 
     def mounts(self) -> list[str]:
-        text = Path("/proc/self/mountinfo").read_text()
-        return [line.split()[4] for line in text.splitlines() if line.split()[4].startswith(f"{self.root}/")]
+        return [entry.mount_point for entry in mounted_below(self.root)]
 
     def tardevctl(self, *arguments: str) -> object:
         return json.loads(run(BIN / "tardevctl", *arguments, "--json", "--config", self.config))
@@ -168,8 +173,7 @@ class Daemon(Server):
 
     def clean_up(self) -> None:
         self.stop()
-        for point in reversed(self.mounts()):
-            run("umount", "-l", point, check=False)
+        unmount_below(self.directory)
 
 
 @dataclass
@@ -312,8 +316,9 @@ class Containerd(Server):
                 self.release.ctr, "--address", self.address, "namespaces", "list", "-q", check=False
             ).split():
                 for container in self.ctr("tasks", "list", "-q", namespace=namespace).split():
-                    self.ctr("tasks", "kill", "-s", "SIGKILL", container, namespace=namespace)
+                    self.ctr("tasks", "delete", "--force", container, namespace=namespace)
         self.stop()
+        unmount_below(self.directory)
 
 
 class Registry(Server):

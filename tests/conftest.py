@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a test needs and does not find it says by its marker; the closing lines name every skip with its reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests import harness
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("soak", deadline=None, max_examples=5000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+IMAGES = (
+    "hello", "hello-zstd", "hello-plain", "hello-docker", "layers", "layers-zstd", "layers-plain", "layers-mixed",
+    "many", "dup",
+)  # fmt: skip
+_TOOLS = ("runc", "skopeo", "docker-registry", "veritysetup", "strace", "zstd")
+
+
+def _knows_erofs() -> bool:
+    return any(line.split()[-1] == "erofs" for line in Path("/proc/filesystems").read_text().splitlines())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = os.geteuid() == 0
+    missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
+    for item in items:
+        if item.get_closest_marker("root") and not root:
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+        if item.get_closest_marker("erofs") and not _knows_erofs():
+            item.add_marker(pytest.mark.skip(reason="this kernel has no EROFS (modprobe erofs)"))
+        if item.get_closest_marker("tool") and missing:
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}; ./dev setup does"))
+        if item.get_closest_marker("containerd") and set(harness.releases()) != {"system", "later"}:
+            item.add_marker(pytest.mark.skip(reason="no containerd, or none of a later suite; ./dev setup does"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with NAME.tar and NAME.json of every test image."""
+    return harness.make_images(tmp_path_factory.mktemp("images"), *IMAGES)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[harness.Daemon]:
+    """One of its own, with an empty content directory in place of containerd's."""
+    (tmp_path / "containerd/io.containerd.content.v1.content/blobs/sha256").mkdir(parents=True)
+    server = harness.Daemon(tmp_path / "daemon", tmp_path / "containerd")
+    server.start()
+    yield server
+    server.clean_up()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Containerd, Daemon, Registry, releases
+
+
+@dataclass
+class Node:
+    """A containerd and our daemon, each with its own directories."""
+
+    daemon: Daemon
+    containerd: Containerd
+
+    def clean_up(self) -> None:
+        self.containerd.clean_up()
+        self.daemon.clean_up()
+
+
+def make_node(directory: Path, label: str, extra: str = "") -> Node:
+    release = releases()[label]
+    if label == "later":
+        assert release.version >= (2, 1)
+    sys.stdout.write(f"containerd {'.'.join(map(str, release.version))} ({label})\n")
+    root = directory / "containerd"
+    daemon = Daemon(directory / "daemon", root / "root", extra, containerd_socket=str(root / "c.sock"))
+    node = Node(daemon, Containerd(release, root, daemon.address))
+    daemon.start()
+    node.containerd.start()
+    return node
+
+
+@pytest.fixture(params=["system", "later"])
+def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Node]:
+    """For a test of its own, on Debian's own containerd and on a later one."""
+    made = make_node(tmp_path, request.param)
+    yield made
+    made.clean_up()
+
+
+@pytest.fixture
+def later_node(tmp_path: Path) -> Iterator[Node]:
+    made = make_node(tmp_path, "later")
+    yield made
+    made.clean_up()
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    server = Registry(tmp_path_factory.mktemp("registry"))
+    server.start()
+    yield server
+    server.stop()

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon is killed at every step of the durable order; containerd's retry then succeeds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ProcessFailed, check_tree, wait_for
+from tests.integration.conftest import Node
+from tests.integration.test_images import UNKNOWN_PARENTS, promised, reference
+
+pytestmark = [pytest.mark.root, pytest.mark.erofs, pytest.mark.containerd, pytest.mark.tool, pytest.mark.slow]
+
+BUILD = ["prepare.created", "build.staged", "build.built", "publish.staged", "publish.synced", "publish.renamed",
+         "publish.in_transaction", "build.published", "build.recorded"]  # fmt: skip
+COMMIT = ["commit.checked", "commit.committed"]
+APPLY = ["apply.built", "apply.recorded"]  # not with 1.6, which has no differ
+
+
+# runc keeps the state of all containerds of a machine in one place.
+RUNNING = f"running-{os.getpid()}"
+
+
+def start_container(node: Node, images: Path) -> None:
+    node.containerd.import_image(images / "hello.tar")
+    node.containerd.ctr("run", "-d", "--snapshotter", "tardev-host", reference("hello"), RUNNING, "/bin/sleep", "1000")
+
+
+def assert_it_runs(node: Node) -> None:
+    """Programs that were not loaded yet still start: their bytes come through the layer's mount."""
+    assert RUNNING in node.containerd.retry("tasks", "list").split()
+    out = node.containerd.ctr("tasks", "exec", "--exec-id", os.urandom(4).hex(), RUNNING, "/bin/cat", "/etc/hello")
+    assert out.strip() == "hello from a tar layer"
+
+
+def kill_during(node: Node, point: str, *arguments: str | Path) -> None:
+    """Run ctr with a daemon that dies at the point, and start the daemon again."""
+    daemon = node.daemon
+    daemon.stop()
+    daemon.restart({"TARDEV_TRACE_KILL": point})
+    node.containerd.retry("snapshots", "--snapshotter", "tardev-host", "list")
+    with pytest.raises(ProcessFailed):
+        node.containerd.ctr(*arguments)
+    assert daemon.process is not None
+    assert daemon.process.wait(20) == -signal.SIGKILL, "the point was never reached"
+    daemon.process = None
+    daemon.restart()
+    assert not daemon.staged()
+
+
+@pytest.mark.parametrize(
+    ("node", "point"),
+    [*(("system", point) for point in BUILD + COMMIT), *(("later", point) for point in BUILD + APPLY + COMMIT)],
+    indirect=["node"],
+)
+def test_killed_in_a_pull(node: Node, images: Path, tmp_path: Path, point: str) -> None:
+    start_container(node, images)
+    arguments = ("images", "import", "--snapshotter", "tardev-host", images / "layers.tar")
+    # the fourth layer's turn: some are there, some are not
+    kill_during(node, f"{point}:3", *arguments)
+    assert_it_runs(node)
+    node.containerd.retry(*arguments)
+    with node.containerd.rootfs(promised(images, "layers")["chain_ids"][-1], tmp_path / "m") as rootfs:
+        assert set(check_tree(images / "layers.json", rootfs).splitlines()) - {""} == UNKNOWN_PARENTS["layers"]
+    assert_it_runs(node)
+    assert not node.daemon.staged()
+    assert len(node.daemon.layer_files()) == 8
+
+
+@pytest.mark.parametrize("point", ["remove.begun", "remove.removed"])
+def test_killed_in_a_remove(node: Node, images: Path, point: str) -> None:
+    start_container(node, images)
+    containerd, daemon = node.containerd, node.daemon
+    containerd.ctr(
+        "snapshots", "--snapshotter", "tardev-host", "prepare", "other", promised(images, "hello")["chain_ids"][0]
+    )
+    before = len(daemon.tardevctl("snapshots"))  # type: ignore[arg-type]
+    daemon.stop()
+    daemon.restart({"TARDEV_TRACE_KILL": point})
+    containerd.retry("snapshots", "--snapshotter", "tardev-host", "list")
+    # containerd removes it from its own records and leaves ours to its garbage collector
+    containerd.ctr("snapshots", "--snapshotter", "tardev-host", "rm", "other")
+    assert daemon.process is not None
+    assert daemon.process.wait(20) == -signal.SIGKILL
+    daemon.process = None
+    daemon.restart()
+    assert_it_runs(node)
+
+    def removed() -> bool:
+        # containerd collects a snapshotter's garbage after a removal from it, and does not come back by itself
+        key = os.urandom(4).hex()
+        containerd.retry("snapshots", "--snapshotter", "tardev-host", "prepare", key)
+        containerd.retry("snapshots", "--snapshotter", "tardev-host", "rm", key)
+        time.sleep(0.5)
+        return len(daemon.tardevctl("snapshots")) == before - 1  # type: ignore[arg-type]
+
+    wait_for("the snapshot is gone", removed, 30)
+    rows = {str(row["name"]) for row in daemon.tardevctl("snapshots")}  # type: ignore[attr-defined]
+    assert not any(name.endswith("/other") for name in rows)
+    wait_for("only the container's directory stays", lambda: len(list((daemon.root / "snapshots").iterdir())) == 1)
+    assert_it_runs(node)
+
+
+def test_a_running_container_outlives_a_killed_daemon(node: Node, images: Path) -> None:
+    start_container(node, images)
+    node.daemon.kill()
+    assert_it_runs(node)
+    node.daemon.restart()
+    assert len(node.daemon.mounts()) == 1
+    assert_it_runs(node)
+    node.containerd.retry("tasks", "kill", "-s", "SIGKILL", RUNNING)
+    wait_for("the task ends", lambda: "RUNNING" not in node.containerd.ctr("tasks", "list"))
+    node.containerd.ctr("tasks", "delete", RUNNING)
+    node.containerd.ctr("containers", "delete", RUNNING)
+    wait_for("its mount is released", lambda: not node.daemon.mounts())
+
+
+def test_workers_die_with_the_daemon(later_node: Node, images: Path, tmp_path: Path) -> None:
+    later_node.daemon.stop()
+    later_node.daemon.restart({"TARDEV_TRACE_PAUSE": f"build.staged={tmp_path / 'go'}"})
+    process = subprocess.Popen(
+        [str(later_node.containerd.release.ctr), "--address", str(later_node.containerd.address), "images", "import",
+         "--snapshotter", "tardev-host", str(images / "hello.tar")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for("a build is staged", lambda: later_node.daemon.staged())
+    later_node.daemon.kill()
+    assert process.wait(60) != 0
+    later_node.daemon.restart()
+    assert not later_node.daemon.staged()
+    own = subprocess.run(["pgrep", "-f", "blockdev.workers"], capture_output=True, check=False)
+    assert not own.stdout

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real images through a real containerd: what a container sees is what the image promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import IMAGES
+from tests.harness import Registry, check_tree, wait_for
+from tests.integration.conftest import Node, make_node
+from verity import veritysetup
+from verity.params import PRESETS
+from verity.tree import Geometry
+
+pytestmark = [pytest.mark.root, pytest.mark.erofs, pytest.mark.containerd, pytest.mark.tool, pytest.mark.slow]
+
+# The last layer of these adds to a directory without an entry for it; alone it cannot know the
+# directory's attributes. Nothing else may differ.
+UNKNOWN_PARENTS = {
+    name: {
+        "'tree/attrs': gid is 0, expected 7",
+        "'tree/attrs': mode is '0755', expected '0750'",
+        "'tree/attrs': uid is 0, expected 6",
+        "'tree/attrs': xattrs is None, expected {'user.new': '32'}",
+    }
+    for name in IMAGES
+    if name.startswith("layers")
+}
+HELLO = {name: "hello from layer 7" if name.startswith("layers") else "hello from a tar layer" for name in IMAGES}
+
+
+def reference(name: str) -> str:
+    return f"localhost/tardev-test/{name}:latest"
+
+
+def promised(images: Path, name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = json.loads((images / f"{name}.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module", params=["system", "later"])
+def shared_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    made = make_node(tmp_path_factory.mktemp("node"), request.param)
+    yield made
+    made.clean_up()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_container_sees_the_promised_tree(shared_node: Node, images: Path, tmp_path: Path, name: str) -> None:
+    containerd = shared_node.containerd
+    containerd.import_image(images / f"{name}.tar")
+    output = containerd.run_container(reference(name), f"run-{name}", "/bin/cat", "/etc/hello")
+    assert output.strip() == HELLO[name]
+    with containerd.rootfs(promised(images, name)["chain_ids"][-1], tmp_path / name) as rootfs:
+        differences = {line for line in check_tree(images / f"{name}.json", rootfs).splitlines() if line.strip()}
+    assert differences == UNKNOWN_PARENTS.get(name, set())
+    assert not shared_node.daemon.staged()
+
+
+def test_every_layer_file_is_accepted(shared_node: Node, images: Path) -> None:
+    """By veritysetup, from what `tardevctl layers` lists; runs after the images of this module."""
+    layers = shared_node.daemon.tardevctl("layers")
+    assert isinstance(layers, list)
+    distinct = {diff_id for name in IMAGES for diff_id in promised(images, name)["diff_ids"]}
+    assert {layer["diff_id"] for layer in layers} == distinct
+    for layer in layers:
+        path = shared_node.daemon.root / "layers" / layer["format"] / layer["diff_id"].removeprefix("sha256:")
+        geometry = Geometry(layer["data_size_bytes"] // 512, PRESETS["tar-index"])
+        veritysetup.verify(str(path), geometry, bytes.fromhex(layer["root_hash"]))
+
+
+def test_compression_does_not_matter_and_nothing_is_built_twice(shared_node: Node) -> None:
+    """Of the images above many share layers: there are as many layer files as distinct diff IDs."""
+    layers = shared_node.daemon.tardevctl("layers")
+    assert isinstance(layers, list)
+    assert len(shared_node.daemon.layer_files()) == len(layers)
+    assert all(layer["state"] == "ready" for layer in layers)
+
+
+def test_pulls_that_share_layers_build_nothing(node: Node, registry: Registry, images: Path) -> None:
+    daemon, containerd = node.daemon, node.containerd
+    hello = registry.push(images / "hello.tar", "hello:one")
+    containerd.pull(hello)
+    assert daemon.metric("tardev_builds_total") == 1
+    assert containerd.run_container(hello, "one", "/bin/cat", "/etc/hello").strip() == HELLO["hello"]
+
+    # another tag, another namespace
+    containerd.pull(registry.push(images / "hello.tar", "hello:two"))
+    containerd.pull(hello, namespace="other")
+    assert containerd.run_container(hello, "two", "/bin/cat", "/etc/hello", namespace="other").strip() == HELLO["hello"]
+    assert daemon.metric("tardev_builds_total") == 1
+
+    # another image: its base is the first one's layer, the seven above are new
+    layers = registry.push(images / "layers.tar", "layers:one")
+    assert promised(images, "layers")["diff_ids"][0] == promised(images, "hello")["diff_ids"][0]
+    containerd.pull(layers)
+    assert daemon.metric("tardev_builds_total") == 8
+    assert containerd.run_container(layers, "three", "/bin/cat", "/etc/hello").strip() == HELLO["layers"]
+    containerd.pull(layers, namespace="other")
+    assert daemon.metric("tardev_builds_total", result="ok") == daemon.metric("tardev_builds_total") == 8
+    assert daemon.metric("tardev_builds_cached_total") >= 1 + 7
+    shared = {layer["diff_id"]: layer["shared_by"] for layer in daemon.tardevctl("layers")}  # type: ignore[attr-defined]
+    assert shared[promised(images, "hello")["diff_ids"][0]] == 2
+    wait_for("every mount is released", lambda: not daemon.mounts())
+
+
+def test_removing_images_releases_everything(node: Node, images: Path) -> None:
+    daemon, containerd = node.daemon, node.containerd
+    containerd.import_image(images / "dup.tar")
+    containerd.run_container(reference("dup"), "one", "/bin/true")
+    containerd.ctr("images", "rm", "--sync", reference("dup"))
+    wait_for("every snapshot is removed", lambda: not daemon.tardevctl("snapshots"))
+    wait_for("every mount is released", lambda: not daemon.mounts())
+    wait_for("every directory is removed", lambda: not list((daemon.root / "snapshots").iterdir()))
+    # kept for the next pull
+    assert len(daemon.layer_files()) == 4
+    before = daemon.metric("tardev_builds_total")
+    containerd.import_image(images / "dup.tar")
+    assert daemon.metric("tardev_builds_total") == before
