@@ -28,7 +28,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 CACHE = CHECKOUT / ".cache"
 BIN = Path(sys.executable).parent
 SNAPSHOTTER = "tardev-host"
-TRIXIE = CACHE / "trixie" / "root"
+EROFS_UTILS = CACHE / "forky-erofs" / "root"
 # After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
 RETRY_SECONDS = 10.0
 
@@ -359,10 +359,10 @@ class Registry(Server):
 
 
 def erofs_tool(name: str, *arguments: str | Path, check: bool = True) -> str:
-    """A program of erofs-utils 1.8 or later, with the C library of its own suite."""
-    loader = TRIXIE / "usr/lib64/ld-linux-x86-64.so.2"
-    libraries = f"{TRIXIE}/usr/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu"
-    return run(loader, "--library-path", libraries, TRIXIE / "usr/bin" / name, *arguments, check=check)
+    """A program of erofs-utils 1.9 or later, with the C library of its own suite."""
+    loader = EROFS_UTILS / "usr/lib64/ld-linux-x86-64.so.2"
+    libraries = f"{EROFS_UTILS}/usr/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu"
+    return run(loader, "--library-path", libraries, EROFS_UTILS / "usr/bin" / name, *arguments, check=check)
 
 
 def make_images(directory: Path, *names: str) -> Path:
