@@ -18,11 +18,15 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from blockdev.kernel.mounts import mounted_below
+from blockdev.kernel.mounts import mounted_below, parse_mountinfo
 from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
+from verity import veritysetup
+from verity.params import PRESETS
+from verity.tree import Geometry
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CACHE = CHECKOUT / ".cache"
@@ -31,6 +35,7 @@ SNAPSHOTTER = "tardev-host"
 EROFS_UTILS = CACHE / "forky-erofs" / "root"
 # After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
 RETRY_SECONDS = 10.0
+_PROGRAMS = (b"containerd-shim", b"docker-registry", b"tardev-snapshotter", b"blockdev.workers")
 
 
 class ProcessFailed(Exception):
@@ -63,6 +68,28 @@ def wait_for(what: str, check: object, seconds: float = 30) -> None:
 def unmount_below(directory: Path) -> None:
     for entry in reversed(mounted_below(directory)):
         run("umount", "-l", entry.mount_point, check=False)
+
+
+def host_state() -> frozenset[str]:
+    """Mounts, busy loop devices and processes of ours or containerd's: a test leaves them as they were."""
+    mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    found = {f"mount {entry.mount_point}" for entry in parse_mountinfo(mountinfo)}
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            found.add(f"loop device over {backing.read_text().strip()}")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            argv = (process / "cmdline").read_bytes().split(b"\0")
+            if any(argument.rpartition(b"/")[2].startswith(_PROGRAMS) for argument in argv[:4]):
+                found.add(f"process {process.name} {b' '.join(argv).decode(errors='replace').strip()}")
+    return frozenset(found)
+
+
+def remove_container_state(namespace: str) -> None:
+    """What runc and the shims of a namespace leave in /run/containerd, whatever containerd's own state directory."""
+    for directory in (Path("/run/containerd/runc") / namespace, Path("/run/containerd/fifo")):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def free_port() -> int:
@@ -160,10 +187,17 @@ class Daemon(Server):
     def layer_files(self) -> list[Path]:
         return sorted(path for path in (self.root / "layers").rglob("*") if path.is_file())
 
+    def verify_layer(self, layer: Mapping[str, Any]) -> None:
+        """cryptsetup's veritysetup, which knows nothing of us, about a row of `tardevctl layers`."""
+        path = self.root / "layers" / layer["format"] / layer["diff_id"].removeprefix("sha256:")
+        params = PRESETS[layer["format"]]
+        geometry = Geometry(layer["data_size_bytes"] // params.data_block_bytes, params)
+        veritysetup.verify(str(path), geometry, bytes.fromhex(layer["root_hash"]))
+
     def mounts(self) -> list[str]:
         return [entry.mount_point for entry in mounted_below(self.root)]
 
-    def tardevctl(self, *arguments: str) -> object:
+    def tardevctl(self, *arguments: str) -> Any:
         return json.loads(run(BIN / "tardevctl", *arguments, "--json", "--config", self.config))
 
     @contextlib.contextmanager

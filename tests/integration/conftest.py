@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Containerd, Daemon, Registry, releases
+from tests.harness import Containerd, Daemon, Registry, host_state, releases, wait_for
 
 
 @dataclass
@@ -36,19 +37,29 @@ def make_node(directory: Path, label: str, extra: str = "") -> Node:
     return node
 
 
+@contextmanager
+def a_node(directory: Path, label: str) -> Iterator[Node]:
+    """The test fails if the machine is not as it was when the node has gone."""
+    before = host_state()
+    made = make_node(directory, label)
+    try:
+        yield made
+    finally:
+        made.clean_up()
+    wait_for("nothing is left behind", lambda: not host_state() - before, 10)
+
+
 @pytest.fixture(params=["system", "later"])
 def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Node]:
     """For a test of its own, on Debian's own containerd and on a later one."""
-    made = make_node(tmp_path, request.param)
-    yield made
-    made.clean_up()
+    with a_node(tmp_path, request.param) as made:
+        yield made
 
 
 @pytest.fixture
 def later_node(tmp_path: Path) -> Iterator[Node]:
-    made = make_node(tmp_path, "later")
-    yield made
-    made.clean_up()
+    with a_node(tmp_path, "later") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_killed_in_a_remove(node: Node, images: Path, point: str) -> None:
     containerd.ctr(
         "snapshots", "--snapshotter", "tardev-host", "prepare", "other", promised(images, "hello")["chain_ids"][0]
     )
-    before = len(daemon.tardevctl("snapshots"))  # type: ignore[arg-type]
+    before = len(daemon.tardevctl("snapshots"))
     daemon.stop()
     daemon.restart({"TARDEV_TRACE_KILL": point})
     containerd.retry("snapshots", "--snapshotter", "tardev-host", "list")
@@ -98,10 +98,10 @@ def test_killed_in_a_remove(node: Node, images: Path, point: str) -> None:
         containerd.retry("snapshots", "--snapshotter", "tardev-host", "prepare", key)
         containerd.retry("snapshots", "--snapshotter", "tardev-host", "rm", key)
         time.sleep(0.5)
-        return len(daemon.tardevctl("snapshots")) == before - 1  # type: ignore[arg-type]
+        return len(daemon.tardevctl("snapshots")) == before - 1
 
     wait_for("the snapshot is gone", removed, 30)
-    rows = {str(row["name"]) for row in daemon.tardevctl("snapshots")}  # type: ignore[attr-defined]
+    rows = {str(row["name"]) for row in daemon.tardevctl("snapshots")}
     assert not any(name.endswith("/other") for name in rows)
     wait_for("only the container's directory stays", lambda: len(list((daemon.root / "snapshots").iterdir())) == 1)
     assert_it_runs(node)

@@ -11,10 +11,7 @@ import pytest
 
 from tests.conftest import IMAGES
 from tests.harness import Registry, check_tree, wait_for
-from tests.integration.conftest import Node, make_node
-from verity import veritysetup
-from verity.params import PRESETS
-from verity.tree import Geometry
+from tests.integration.conftest import Node, a_node
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs, pytest.mark.containerd, pytest.mark.tool, pytest.mark.slow]
 
@@ -44,9 +41,8 @@ def promised(images: Path, name: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module", params=["system", "later"])
 def shared_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    made = make_node(tmp_path_factory.mktemp("node"), request.param)
-    yield made
-    made.clean_up()
+    with a_node(tmp_path_factory.mktemp("node"), request.param) as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -64,19 +60,15 @@ def test_a_container_sees_the_promised_tree(shared_node: Node, images: Path, tmp
 def test_every_layer_file_is_accepted(shared_node: Node, images: Path) -> None:
     """By veritysetup, from what `tardevctl layers` lists; runs after the images of this module."""
     layers = shared_node.daemon.tardevctl("layers")
-    assert isinstance(layers, list)
     distinct = {diff_id for name in IMAGES for diff_id in promised(images, name)["diff_ids"]}
     assert {layer["diff_id"] for layer in layers} == distinct
     for layer in layers:
-        path = shared_node.daemon.root / "layers" / layer["format"] / layer["diff_id"].removeprefix("sha256:")
-        geometry = Geometry(layer["data_size_bytes"] // 512, PRESETS["tar-index"])
-        veritysetup.verify(str(path), geometry, bytes.fromhex(layer["root_hash"]))
+        shared_node.daemon.verify_layer(layer)
 
 
 def test_compression_does_not_matter_and_nothing_is_built_twice(shared_node: Node) -> None:
     """Of the images above many share layers: there are as many layer files as distinct diff IDs."""
     layers = shared_node.daemon.tardevctl("layers")
-    assert isinstance(layers, list)
     assert len(shared_node.daemon.layer_files()) == len(layers)
     assert all(layer["state"] == "ready" for layer in layers)
 
@@ -103,7 +95,7 @@ def test_pulls_that_share_layers_build_nothing(node: Node, registry: Registry, i
     containerd.pull(layers, namespace="other")
     assert daemon.metric("tardev_builds_total", result="ok") == daemon.metric("tardev_builds_total") == 8
     assert daemon.metric("tardev_builds_cached_total") >= 1 + 7
-    shared = {layer["diff_id"]: layer["shared_by"] for layer in daemon.tardevctl("layers")}  # type: ignore[attr-defined]
+    shared = {layer["diff_id"]: layer["shared_by"] for layer in daemon.tardevctl("layers")}
     assert shared[promised(images, "hello")["diff_ids"][0]] == 2
     wait_for("every mount is released", lambda: not daemon.mounts())
 
