@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from verity.errors import VerificationFailed
@@ -16,30 +16,51 @@ _CHUNK_BYTES: Final = 1 << 20
 
 
 def verify_all(read_at: ReadAt, geometry: Geometry, root_hash: bytes) -> None:
-    """Check the whole tree, top down, then all data. The tree starts right after the data.
+    """Check the whole tree, top down, and all data. The tree starts right after the data.
 
-    Raises VerificationFailed naming the first bad block: the top of the tree first, data last.
+    Raises VerificationFailed naming the first bad block: upper levels first, then each piece of
+    level 0 before the data below it. Memory: the upper levels, 1/128 of level 0.
     """
-    params = geometry.params
-    tree = geometry.data_size_bytes
     expected = root_hash
-    for depth, (offset, blocks) in enumerate(geometry.levels):
-        name = f"hash block of level {len(geometry.levels) - 1 - depth}"
-        below = geometry.levels[depth + 1][1] if depth + 1 < len(geometry.levels) else geometry.data_blocks
-        content = bytearray()
-        for start in range(0, blocks * params.hash_block_bytes, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES, blocks * params.hash_block_bytes - start)
-            piece = _exactly(read_at, tree + offset + start, size)
-            first = start // params.hash_block_bytes
-            _compare(piece, params.hash_block_bytes, params.salt, expected, name, first=first)
-            content += piece
-        if any(content[below * DIGEST_BYTES :]):
+    for depth in range(len(geometry.levels) - 1):
+        pieces = [piece for _, piece in _hash_blocks(read_at, geometry, depth, expected)]
+        expected = b"".join(pieces)
+    if not geometry.levels:
+        _verify_data(read_at, geometry, expected, 0)
+        return
+    for first, digests in _hash_blocks(read_at, geometry, len(geometry.levels) - 1, expected):
+        _verify_data(read_at, geometry, digests, first * geometry.params.digests_per_block)
+
+
+def _hash_blocks(read_at: ReadAt, geometry: Geometry, depth: int, expected: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number of the first block, digests of the level below) piece by piece; `expected`: the digests of this level."""
+    params = geometry.params
+    offset, blocks = geometry.levels[depth]
+    last = depth + 1 == len(geometry.levels)
+    below = geometry.data_blocks if last else geometry.levels[depth + 1][1]
+    name = f"hash block of level {len(geometry.levels) - 1 - depth}"
+    chunk = _CHUNK_BYTES // params.hash_block_bytes
+    for first in range(0, blocks, chunk):
+        count = min(chunk, blocks - first)
+        start = geometry.data_size_bytes + offset + first * params.hash_block_bytes
+        piece = _exactly(read_at, start, count * params.hash_block_bytes)
+        above = expected[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+        _compare(piece, params.hash_block_bytes, params.salt, above, name, first)
+        used = (below - first * params.digests_per_block) * DIGEST_BYTES
+        if any(piece[used:]):
             raise VerificationFailed(f"{name}: bytes behind its {below} digests are not zero")
-        expected = bytes(content[: below * DIGEST_BYTES])
-    for start in range(0, geometry.data_size_bytes, _CHUNK_BYTES):
-        piece = _exactly(read_at, start, min(_CHUNK_BYTES, geometry.data_size_bytes - start))
-        first = start // params.data_block_bytes
-        _compare(piece, params.data_block_bytes, params.salt, expected, "data block", first=first)
+        yield first, piece[:used]
+
+
+def _verify_data(read_at: ReadAt, geometry: Geometry, digests: bytes, first: int) -> None:
+    """The data blocks from `first` on that have these digests."""
+    params = geometry.params
+    chunk = _CHUNK_BYTES // params.data_block_bytes
+    for at in range(0, len(digests) // DIGEST_BYTES, chunk):
+        expected = digests[at * DIGEST_BYTES : (at + chunk) * DIGEST_BYTES]
+        size = len(expected) // DIGEST_BYTES * params.data_block_bytes
+        piece = _exactly(read_at, (first + at) * params.data_block_bytes, size)
+        _compare(piece, params.data_block_bytes, params.salt, expected, "data block", first + at)
 
 
 def read_verified(read_at: ReadAt, geometry: Geometry, root_hash: bytes, index: int) -> bytes:
@@ -57,10 +78,10 @@ def read_verified(read_at: ReadAt, geometry: Geometry, root_hash: bytes, index: 
         block, slot = divmod(position, params.digests_per_block)
         start = geometry.data_size_bytes + offset + block * params.hash_block_bytes
         piece = _exactly(read_at, start, params.hash_block_bytes)
-        _compare(piece, params.hash_block_bytes, params.salt, expected, f"hash block of level {above}", named=block)
+        _compare(piece, params.hash_block_bytes, params.salt, expected, f"hash block of level {above}", block)
         expected = piece[slot * DIGEST_BYTES : (slot + 1) * DIGEST_BYTES]
     data = _exactly(read_at, index * params.data_block_bytes, params.data_block_bytes)
-    _compare(data, params.data_block_bytes, params.salt, expected, "data block", named=index)
+    _compare(data, params.data_block_bytes, params.salt, expected, "data block", index)
     return data
 
 
@@ -71,16 +92,12 @@ def _exactly(read_at: ReadAt, offset: int, size: int) -> bytes:
     return data
 
 
-def _compare(
-    data: bytes, block_bytes: int, salt: bytes, expected: bytes, what: str, *, first: int = 0, named: int | None = None
-) -> None:
-    """`expected` holds digests of a level, those of `data` from `first` on; `named` is the block's own number."""
+def _compare(data: bytes, block_bytes: int, salt: bytes, expected: bytes, what: str, first: int) -> None:
+    """`expected`: the digests of the blocks of `data`; `first`: the number of the first of them."""
     digests = block_digests(data, block_bytes, salt)
-    wanted = expected[first * DIGEST_BYTES : first * DIGEST_BYTES + len(digests)]
-    if digests == wanted:
+    if digests == expected:
         return
     for number in range(len(digests) // DIGEST_BYTES):
         part = slice(number * DIGEST_BYTES, (number + 1) * DIGEST_BYTES)
-        if digests[part] != wanted[part]:
-            block = first + number if named is None else named
-            raise VerificationFailed(f"{what} {block} does not have the digest that the tree names")
+        if digests[part] != expected[part]:
+            raise VerificationFailed(f"{what} {first + number} does not have the digest that the tree names")

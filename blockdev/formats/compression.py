@@ -6,18 +6,26 @@ from __future__ import annotations
 import enum
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import IO, Final, cast
 
 from isal import igzip_lib, isal_zlib
 from zstandard import ZstdDecompressor, ZstdError
 
-from blockdev.errors import CompressionError, UnsupportedError
+from blockdev.errors import CompressionError, LimitExceeded, UnsupportedError
 from verity.buffers import Buffer
 
 # The window that RFC 8878 asks every decoder to support is 8 MiB; the zstd tool's default bound is 128 MiB.
 _ZSTD_WINDOW_BYTES: Final = 128 << 20
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_READ_BYTES: Final = 256 << 10
+_FIRST_INPUT_BYTES: Final = 16 << 10
+_NO_MEMBER: Final = "bytes before or after the last gzip member that are no zero padding"
+# RFC 1952, 2.3.1
+_FHCRC: Final = 2
+_FEXTRA: Final = 4
+_FNAME: Final = 8
+_FCOMMENT: Final = 16
 
 
 # The library's stubs declare an instance where the class is.
@@ -76,110 +84,182 @@ def decompress(kind: Compression, read: Callable[[int], bytes], piece_bytes: int
     return iter(lambda: read(piece_bytes), b"")
 
 
+class _Source:
+    """Bytes of a stream in pieces of the caller's choice. Raises CompressionError at its end."""
+
+    def __init__(self, read: Callable[[int], bytes], kind: Compression) -> None:
+        self._read, self._kind = read, kind
+        self._data, self._at = b"", 0
+
+    def ended(self) -> bool:
+        if self._at == len(self._data):
+            self._data, self._at = self._read(_READ_BYTES), 0
+        return not self._data
+
+    def some(self, size: int) -> bytes:
+        """1 to `size` bytes."""
+        if self.ended():
+            raise CompressionError(f"{self._kind} stream is truncated")
+        out = self._data[self._at : self._at + size]
+        self._at += len(out)
+        return out
+
+    def take(self, size: int) -> bytes:
+        out = b""
+        while len(out) < size:
+            out += self.some(size - len(out))
+        return out
+
+    def give_back(self, size: int) -> None:
+        """The last `size` bytes of what `some` returned last."""
+        self._at -= size
+
+
 def _gunzip(read: Callable[[int], bytes], piece_bytes: int) -> Iterator[Buffer]:
-    data = read(piece_bytes)
-    if not data:
+    source = _Source(read, Compression.GZIP)
+    if source.ended():
         raise CompressionError("empty where a gzip stream was promised")
+    first = source.take(1)
     try:
-        while data:
-            inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
-            while True:
-                out = inflater.decompress(data, piece_bytes)
-                if out:
-                    yield out
-                if inflater.eof:
-                    data = inflater.unused_data
-                    break
+        while True:
+            _gzip_header(first, source)
+            inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)
+            # A member may be tiny, and what is behind it is copied each time: more and more at once.
+            size = _FIRST_INPUT_BYTES
+            while not inflater.eof:
                 data = b""
                 if inflater.needs_input:
-                    data = read(piece_bytes)
-                    if not data:
-                        raise CompressionError("gzip stream is truncated")
-            if not data:
-                data = read(piece_bytes)
-            if data and not data.startswith(b"\x1f"):
-                _only_zeros(data, read, piece_bytes)
+                    data = source.some(size)
+                    size = min(4 * size, _READ_BYTES)
+                if out := inflater.decompress(data, piece_bytes):
+                    yield out
+            source.give_back(len(inflater.unused_data))
+            if source.ended():
                 return
-            if len(data) == 1:
-                data += read(piece_bytes)
-            if data and not data.startswith(_GZIP_MAGIC):
-                raise CompressionError("bytes after the last gzip member that are no zero padding")
+            first = source.take(1)
+            if first == b"\0":
+                _only_zeros(source)
+                return
+            if source.ended():
+                raise CompressionError(_NO_MEMBER)
     except (_IsalError, zlib.error) as error:
         raise CompressionError(f"gzip stream is corrupt: {error}") from None
 
 
-def _only_zeros(data: bytes, read: Callable[[int], bytes], piece_bytes: int) -> None:
-    while data:
+def _gzip_header(first: bytes, source: _Source) -> None:
+    """RFC 1952, 2.3; `first`: its first byte. The library would want all of it in one buffer."""
+    fixed = first + source.take(1)
+    if fixed != _GZIP_MAGIC:
+        raise CompressionError(_NO_MEMBER)
+    fixed += source.take(8)
+    method, flags = fixed[2], fixed[3]
+    if method != 8:
+        raise CompressionError(f"gzip member of compression method {method}, which is not deflate")
+    crc = zlib.crc32(fixed)
+
+    def text(crc: int) -> int:
+        while True:
+            data = source.some(_FIRST_INPUT_BYTES)
+            end = data.find(b"\0") + 1
+            if end:
+                source.give_back(len(data) - end)
+                return zlib.crc32(data[:end], crc)
+            crc = zlib.crc32(data, crc)
+
+    if flags & _FEXTRA:
+        size = source.take(2)
+        crc = zlib.crc32(source.take(int.from_bytes(size, "little")), zlib.crc32(size, crc))
+    if flags & _FNAME:
+        crc = text(crc)
+    if flags & _FCOMMENT:
+        crc = text(crc)
+    if flags & _FHCRC and int.from_bytes(source.take(2), "little") != crc & 0xFFFF:
+        raise CompressionError("gzip stream is corrupt: a member's header has a wrong checksum")
+
+
+def _only_zeros(source: _Source) -> None:
+    while not source.ended():
+        data = source.some(_READ_BYTES)
         if data.count(0) != len(data):
-            raise CompressionError("bytes after the last gzip member that are no zero padding")
-        data = read(piece_bytes)
+            raise CompressionError(_NO_MEMBER)
 
 
 def _unzstd(read: Callable[[int], bytes], piece_bytes: int) -> Iterator[Buffer]:
-    data = read(piece_bytes)
-    if not data:
+    source = _Source(read, Compression.ZSTD)
+    if source.ended():
         raise CompressionError("empty where a zstd stream was promised")
+    frames = _ZstdFrames(source)
     decoder = ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-    source = _Tail(read, data)
     try:
-        # One frame at a time: the library alone would take a frame cut short for a clean end.
-        while source.peek(4):
-            head = source.peek(4)
-            if head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F:
-                header = source.take(8)
-                if len(header) < 8 or not source.skip(int.from_bytes(header[4:8], "little")):
-                    raise CompressionError("zstd skippable frame is truncated")
-                continue
-            if head != _ZSTD_MAGIC:
-                raise CompressionError("bytes between or after zstd frames that are no frame")
-            frame = decoder.decompressobj(write_size=piece_bytes)
-            while not frame.eof:
-                data = source.take_some(piece_bytes)
-                if not data:
-                    raise CompressionError("zstd stream is truncated")
-                out = frame.decompress(data)
-                if out:
+        while frames.next():
+            # Pulled, not pushed: four compressed bytes may stand for 128 KiB, and only a pull bounds what comes.
+            file = cast(IO[bytes], frames)  # of which only `read` is used
+            with decoder.stream_reader(file, read_size=piece_bytes, closefd=False) as frame:
+                while out := frame.read(piece_bytes):
                     yield out
-            source.push_back(frame.unused_data)
+            if not frames.ended:
+                raise CompressionError("zstd stream is corrupt: a frame goes on behind its content")
     except ZstdError as error:
+        if "too much memory" in str(error):
+            raise LimitExceeded(f"zstd frame with a window over {_ZSTD_WINDOW_BYTES} bytes") from None
         raise CompressionError(f"zstd stream is corrupt: {error}") from None
 
 
-class _Tail:
-    """A reader that can look ahead and take bytes back."""
+class _ZstdFrames:
+    """The stream cut into its frames (RFC 8878, 3.1), skippable ones left out; `read` ends with each of them.
 
-    def __init__(self, read: Callable[[int], bytes], data: bytes) -> None:
-        self._read, self._data = read, data
+    The library takes a frame cut short for a clean end, and does not say where one ends: so their
+    headers and those of their blocks, three bytes each, are followed here. What is in them is the
+    library's to judge.
+    """
 
-    def peek(self, size: int) -> bytes:
-        while len(self._data) < size:
-            more = self._read(1 << 16)
-            if not more:
-                break
-            self._data += more
-        return self._data[:size]
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self._head = b""  # a frame's header, on its way to the reader
+        self._left = 0  # bytes until the next block header, or until the frame's end
+        self._last = self._checksum = False
 
-    def take(self, size: int) -> bytes:
-        out = self.peek(size)
-        self._data = self._data[len(out) :]
-        return out
+    @property
+    def ended(self) -> bool:
+        return self._last and not self._left and not self._head
 
-    def take_some(self, size: int) -> bytes:
-        if self._data:
-            out, self._data = self._data, b""
-            return out
-        return self._read(size)
-
-    def skip(self, size: int) -> bool:
-        while size:
-            data = self.take_some(min(size, 1 << 16))
-            if not data:
+    def next(self) -> bool:
+        """Go to the next frame; False at the end of the stream."""
+        source = self._source
+        while True:
+            if source.ended():
                 return False
-            if len(data) > size:
-                self.push_back(data[size:])
-                return True
-            size -= len(data)
+            magic = source.take(4)
+            if magic[1:] != b"\x2a\x4d\x18" or magic[0] >> 4 != 5:
+                break
+            size = int.from_bytes(source.take(4), "little")
+            while size:
+                size -= len(source.some(size))
+        if magic != _ZSTD_MAGIC:
+            raise CompressionError("bytes before, between or after zstd frames that are no frame")
+        (descriptor,) = source.take(1)
+        single = descriptor >> 5 & 1
+        header = source.take((1 - single) + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6])
+        self._checksum = bool(descriptor & 4)
+        self._head = magic + bytes((descriptor,)) + header
+        self._left, self._last = 0, False
         return True
 
-    def push_back(self, data: bytes) -> None:
-        self._data = data + self._data
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes of the frame; b"" at its end. Raises CompressionError where the stream ends first."""
+        if self._head:
+            head, self._head = self._head[:size], self._head[size:]
+            return head
+        if self.ended:
+            return b""
+        if not self._left:
+            header = self._source.take(3)
+            value = int.from_bytes(header, "little")
+            kind, content = value >> 1 & 3, value >> 3
+            self._last = bool(value & 1)
+            # A run of one byte is stored as that byte.
+            self._left = (1 if kind == 1 else content) + (4 if self._last and self._checksum else 0)
+            return header
+        out = self._source.some(min(size, self._left))
+        self._left -= len(out)
+        return out

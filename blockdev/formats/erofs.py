@@ -41,8 +41,11 @@ XATTR_ENTRY: Final = struct.Struct("<BBH")
 assert DIRENT.size == 12
 assert INODE.size == INODE_BYTES
 
-_XATTR_PREFIXES: Final = ((b"user.", 1), (b"trusted.", 4), (b"security.", 6))
+_XATTR_PREFIXES: Final = {b"user": 1, b"trusted": 4, b"security": 6}
 _XATTR_WHOLE: Final = {b"system.posix_acl_access": 2, b"system.posix_acl_default": 3}
+XATTR_BODY_BYTES_MAX: Final = XATTR_HEADER_BYTES + 4 * (0xFFFF - 1)
+XATTR_NAME_BYTES_MAX: Final = 0xFF  # without its prefix
+XATTR_VALUE_BYTES_MAX: Final = 0xFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,13 @@ class Superblock:
     def unpack(cls, raw: bytes) -> Self:
         """Raises FormatError on anything but a superblock with exactly our features."""
         fields = cls.LAYOUT.unpack(raw[: cls.LAYOUT.size])
-        magic, checksum, compat, bits, ext, root_nid, inodes, _, _, blocks, meta, xattr, uuid, _, incompat = fields[:15]
+        magic, checksum, compat, bits, _, root_nid, inodes, _, _, blocks, meta, _, uuid, _, incompat = fields[:15]
         if magic != MAGIC:
             raise FormatError("no EROFS superblock")
-        if (compat, ext, xattr, incompat) != (COMPAT_SB_CHKSUM | COMPAT_MTIME, 0, 0, 0):
-            raise FormatError(f"EROFS features not ours: compat {compat:#x}, incompat {incompat:#x}")
-        return cls(bits, root_nid, inodes, blocks, meta, uuid, checksum)
+        superblock = cls(bits, root_nid, inodes, blocks, meta, uuid, checksum)
+        if superblock.pack() != raw[: cls.LAYOUT.size]:
+            raise FormatError(f"EROFS superblock is not one of ours: compat {compat:#x}, incompat {incompat:#x}")
+        return superblock
 
 
 assert Superblock.LAYOUT.size == 128
@@ -105,21 +109,31 @@ def encode_device(major: int, minor: int) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
+def split_xattr_name(name: bytes) -> tuple[int, bytes] | None:
+    """(name index, rest of the name); None for one that has no index, or nothing behind its prefix."""
+    if name in _XATTR_WHOLE:
+        return _XATTR_WHOLE[name], b""
+    prefix, _, rest = name.partition(b".")
+    index = _XATTR_PREFIXES.get(prefix)
+    return (index, rest) if index is not None and rest else None
+
+
+def xattr_entry_bytes(rest: bytes, value: bytes) -> int:
+    """Of one entry in the body, which has XATTR_HEADER_BYTES besides."""
+    size = XATTR_ENTRY.size + len(rest) + len(value)
+    return size + -size % 4
+
+
 def xattr_body(xattrs: dict[bytes, bytes] | None) -> bytes:
     """Inline xattr area, entries ordered by (name index, name); empty without xattrs."""
     if not xattrs:
         return b""
     entries = []
     for name, value in xattrs.items():
-        index = _XATTR_WHOLE.get(name)
-        rest = b""
-        if index is None:
-            for prefix, number in _XATTR_PREFIXES:
-                if name.startswith(prefix):
-                    index, rest = number, name[len(prefix) :]
-        if index is None:
+        split = split_xattr_name(name)
+        if split is None:
             raise FormatError(f"xattr {name[:80]!r} has no name index")
-        entries.append((index, rest, value))
+        entries.append((*split, value))
     out = bytearray(XATTR_HEADER_BYTES)
     for index, rest, value in sorted(entries):
         out += XATTR_ENTRY.pack(len(rest), index, len(value)) + rest + value

@@ -24,6 +24,8 @@ _XATTR_PREFIX: Final = {
     6: b"security.",
 }
 _DIRECTORY_BYTES_MAX: Final = 1 << 30
+_PATH_BYTES_MAX: Final = 1 << 20
+_XATTRS_CACHED_BYTES_MIN: Final = 1 << 10
 _FORMAT: Final = 0o170000
 
 
@@ -64,6 +66,7 @@ class Reader:
 
     def __init__(self, read_at: ReadAt, data_size_bytes: int) -> None:
         self._read_at, self._size = read_at, data_size_bytes
+        self._last_xattrs: tuple[int, dict[bytes, bytes]] | None = None  # with the place of their end
         self.superblock = erofs.Superblock.unpack(
             self._read(erofs.SUPERBLOCK_OFFSET_BYTES, erofs.Superblock.LAYOUT.size)
         )
@@ -79,12 +82,17 @@ class Reader:
 
     def walk(self) -> Iterator[Entry]:
         """Every name, the root's b"" first, parents before children, names of a directory in their order."""
-        todo = [(b"", self.superblock.root_nid)]
+        todo = [(b"", b"", self.superblock.root_nid)]  # directory's path, shared by all in it; name; nid
         directories: set[int] = set()
         names = 0
         while todo:
-            path, nid = todo.pop()
+            parent, name, nid = todo.pop()
+            path = parent + b"/" + name if parent else name
+            if len(path) > _PATH_BYTES_MAX:
+                raise LimitExceeded(f"path of {len(path)} bytes")
             inode = self._inode(nid)
+            if not path and inode.mode & _FORMAT != S_IFDIR:
+                raise FormatError("the root is no directory")
             yield self._entry(path, nid, inode)
             if inode.mode & _FORMAT == S_IFDIR:
                 if nid in directories:
@@ -95,8 +103,7 @@ class Reader:
                 # A name costs 13 bytes of metadata at the least.
                 if names * erofs.DIRENT.size > self._size:
                     raise LimitExceeded("more names than the data area has room for")
-                prefix = path + b"/" if path else b""
-                todo += [(prefix + name, child) for name, child in reversed(children)]
+                todo += [(path, child_name, child) for child_name, child in reversed(children)]
 
     def _read(self, offset: int, size: int) -> bytes:
         if offset < 0 or offset + size > self._size:
@@ -115,6 +122,8 @@ class Reader:
             raise FormatError(f"inode {nid} has format {kind:#x}, which is not ours")
         if mode & _FORMAT not in erofs.FILE_TYPES:
             raise FormatError(f"inode {nid} has mode {mode:#o}")
+        if nanoseconds >= 1_000_000_000:
+            raise FormatError(f"inode {nid} has {nanoseconds} nanoseconds in a second")
         xattr_bytes = erofs.XATTR_HEADER_BYTES + 4 * (xattr_count - 1) if xattr_count else 0
         end = offset + erofs.INODE_BYTES + xattr_bytes
         return _Inode(mode, layout, size, address, uid, gid, (seconds, nanoseconds), nlink, xattr_bytes, end)
@@ -179,6 +188,14 @@ class Reader:
     def _xattrs(self, inode: _Inode) -> dict[bytes, bytes]:
         if not inode.xattr_bytes:
             return {}
+        if self._last_xattrs is not None and self._last_xattrs[0] == inode.end_offset:
+            return self._last_xattrs[1]
+        found = self._parse_xattrs(inode)
+        if inode.xattr_bytes >= _XATTRS_CACHED_BYTES_MIN:  # of a file with many names, most likely
+            self._last_xattrs = inode.end_offset, found
+        return found
+
+    def _parse_xattrs(self, inode: _Inode) -> dict[bytes, bytes]:
         area = self._read(inode.end_offset - inode.xattr_bytes, inode.xattr_bytes)
         found, position = {}, erofs.XATTR_HEADER_BYTES
         try:

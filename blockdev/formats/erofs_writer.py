@@ -46,8 +46,8 @@ class MetadataWriter:
             body = erofs.xattr_body(node.xattrs)
             if body:
                 self._xattrs[number] = body
-            if len(body) > 262_148 + 8:
-                raise FormatError("xattrs of one inode exceed 262148 bytes")
+            if len(body) > erofs.XATTR_BODY_BYTES_MAX:
+                raise FormatError(f"xattrs of one inode exceed {erofs.XATTR_BODY_BYTES_MAX} bytes")
             base = erofs.INODE_BYTES + len(body)
             tail = 0
             position += -position % erofs.INODE_BYTES
@@ -87,6 +87,14 @@ class MetadataWriter:
         written = 0
         block = self._block
         placed = dict(self._blocks_at)
+
+        def flush() -> None:
+            nonlocal written
+            if len(out) >= _EMIT_BYTES:
+                write(bytes(out))
+                written += len(out)
+                out.clear()
+
         pack = erofs.INODE.pack
         for number, node in enumerate(self._order):
             position = self._positions[number]
@@ -127,10 +135,7 @@ class MetadataWriter:
             )
             out += body
             out += tail
-            if len(out) >= _EMIT_BYTES:
-                write(bytes(out))
-                written += len(out)
-                out.clear()
+            flush()
         for number, position in self._blocks_at:
             out += bytes(position - written - len(out))
             node = self._order[number]
@@ -142,13 +147,11 @@ class MetadataWriter:
                     if index < blocks:
                         out += dirents
                         out += bytes(-len(dirents) % block)
+                        flush()
             else:
                 out += node.link
                 out += bytes(-len(node.link) % block)
-            if len(out) >= _EMIT_BYTES:
-                write(bytes(out))
-                written += len(out)
-                out.clear()
+            flush()
         out += bytes(self._area.size_bytes - written - len(out))
         write(bytes(out))
 

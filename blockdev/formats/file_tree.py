@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
+from blockdev.formats import erofs
 from blockdev.formats.limits import Limits
 from blockdev.formats.tar import Member, MemberType
 
@@ -24,6 +25,14 @@ _WHITEOUT: Final = b".wh."
 _WHITEOUT_META: Final = b".wh..wh."
 _OPAQUE: Final = b".wh..wh..opq"
 _CAPABILITY: Final = b"security.capability"
+# About what each takes in memory beside its text, on CPython for 64 bits.
+_INODE_COST_BYTES: Final = 320
+_DIRECTORY_COST_BYTES: Final = 560
+_XATTR_COST_BYTES: Final = 220
+# Components of link texts that parents may be followed through: texts of 4 KiB, 255 in a row, for
+# each of many members would keep a processor busy for hours.
+_FOLLOWED_AT_ONCE: Final = 1 << 20
+_FOLLOWED_PER_MEMBER: Final = 64
 
 S_IFSOCK: Final = 0o140000
 S_IFLNK: Final = 0o120000
@@ -46,7 +55,7 @@ class Inode:
     """A non-directory. `mode` is a whole st_mode; `size_bytes` and `tar_offset_bytes` are for files."""
 
     __slots__ = ("gid", "link", "mode", "mtime", "nlink", "number", "rdev", "size_bytes", "tar_offset_bytes", "uid",
-                 "xattrs")  # fmt: skip
+                 "xattr_bytes", "xattrs")  # fmt: skip
 
     def __init__(self, mode: int, uid: int = 0, gid: int = 0, mtime: tuple[int, int] = (0, 0)) -> None:
         self.mode, self.uid, self.gid, self.mtime = mode, uid, gid, mtime
@@ -54,6 +63,7 @@ class Inode:
         self.rdev = (0, 0)
         self.link = b""
         self.xattrs: dict[bytes, bytes] | None = None
+        self.xattr_bytes = 0  # what they come to in the index, without its header
         self.nlink = 0
         self.number = -1  # place in the canonical order, once it has one
 
@@ -72,25 +82,30 @@ class Directory(Inode):
 
 
 class FileTree:
-    """Apply members with `add`, then `finish`. Raises FormatError and LimitExceeded, naming the member."""
+    """Apply members with `add`, then `finish`. Raises FormatError and LimitExceeded."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.root = Directory()
         self._metadata_bytes = 0
+        self._followed_left = _FOLLOWED_AT_ONCE
         # Archives list a directory's members together: the last parent is usually the next one too.
         self._last_parent: tuple[bytes, Directory] | None = None
         self.dropped_xattrs = 0
         self.invented_directories = 0
 
     def add(self, member: Member) -> None:
-        self._metadata_bytes += len(member.name) + len(member.link) + 64
-        if self._metadata_bytes > self._limits.metadata_bytes:
-            raise LimitExceeded(f"names and attributes exceed {self._limits.metadata_bytes} bytes")
+        self._followed_left += _FOLLOWED_PER_MEMBER
+        self._charge(len(member.name) + len(member.link) + _INODE_COST_BYTES)
         try:
             self._add(member)
         except FormatError as error:
             raise FormatError(f"member {member.name[:200]!r}: {error}") from None
+
+    def _charge(self, size_bytes: int) -> None:
+        self._metadata_bytes += size_bytes
+        if self._metadata_bytes > self._limits.metadata_bytes:
+            raise LimitExceeded(f"names and attributes exceed {self._limits.metadata_bytes} bytes")
 
     def _add(self, member: Member) -> None:
         parent_path, _, base = member.name.rstrip(b"/").rpartition(b"/")
@@ -101,7 +116,7 @@ class FileTree:
                 return
             base = parts.pop()
             parent_path = b"/".join(parts)
-        elif len(base) > NAME_BYTES_MAX:
+        elif len(base) > NAME_BYTES_MAX + (len(_WHITEOUT) if base.startswith(_WHITEOUT) else 0):
             raise FormatError(f"name component of {len(base)} bytes")
         last = self._last_parent
         if last is not None and last[0] == parent_path:
@@ -157,6 +172,7 @@ class FileTree:
                 self.invented_directories += 1
                 if self.invented_directories > self._limits.entries:
                     raise LimitExceeded(f"more than {self._limits.entries} directories without entries")
+                self._charge(len(name) + _DIRECTORY_COST_BYTES)
                 child = stack[-1].children[name] = Directory()
             if isinstance(child, Directory):
                 stack.append(child)
@@ -166,7 +182,11 @@ class FileTree:
                     raise FormatError("too many symlinks in the path of a parent")
                 if child.link.startswith(b"/"):
                     del stack[1:]
-                todo += child.link.split(b"/")[::-1]
+                parts = child.link.split(b"/")[::-1]
+                self._followed_left -= len(parts)
+                if self._followed_left < 0:
+                    raise LimitExceeded("too many symlinks in the paths of parents")
+                todo += parts
             else:
                 raise FormatError(f"parent is not a directory: {name!r}")
         return stack[-1]
@@ -186,6 +206,7 @@ class FileTree:
         node = parent.children.get(base)
         if not isinstance(node, Directory):
             node = Directory()
+            self._charge(_DIRECTORY_COST_BYTES - _INODE_COST_BYTES)
             self._replace(parent, base, node)
         node.mode = S_IFDIR | member.mode
         node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime
@@ -209,7 +230,7 @@ class FileTree:
         if not target.link:
             target.mode = (target.mode & 0o170000) | member.mode
         if target.xattrs:
-            target.xattrs.pop(_CAPABILITY, None)
+            self._set_xattr(target, _CAPABILITY, None)
         self._join_xattrs(target, member.xattrs)
 
     def _inode(self, member: Member) -> Inode:
@@ -242,13 +263,26 @@ class FileTree:
             if not _representable(name, node.mode):
                 self.dropped_xattrs += 1
                 continue
-            if len(name.partition(b".")[2]) > 255 or len(value) > 0xFFFF:
-                raise FormatError(f"xattr {name[:80]!r} of {len(value)} bytes is over the format's limit")
-            if node.xattrs is None:
-                node.xattrs = {}
-            node.xattrs[name] = value
-            self._metadata_bytes += len(name) + len(value)
-        if node.xattrs and sum(len(n) + len(v) + 8 for n, v in node.xattrs.items()) > self._limits.xattr_bytes:
+            self._set_xattr(node, name, value)
+            self._charge(len(name) + len(value) + _XATTR_COST_BYTES)
+
+    def _set_xattr(self, node: Inode, name: bytes, value: bytes | None) -> None:
+        """None takes it away."""
+        split = erofs.split_xattr_name(name)
+        assert split is not None  # else it is not representable
+        rest = split[1]
+        if node.xattrs is None:
+            node.xattrs = {}
+        old = node.xattrs.pop(name, None)
+        if old is not None:
+            node.xattr_bytes -= erofs.xattr_entry_bytes(rest, old)
+        if value is None:
+            return
+        if len(rest) > erofs.XATTR_NAME_BYTES_MAX or len(value) > erofs.XATTR_VALUE_BYTES_MAX:
+            raise FormatError(f"xattr {name[:80]!r} of {len(value)} bytes is over the format's limit")
+        node.xattrs[name] = value
+        node.xattr_bytes += erofs.xattr_entry_bytes(rest, value)
+        if erofs.XATTR_HEADER_BYTES + node.xattr_bytes > self._limits.xattr_bytes:
             raise LimitExceeded(f"xattrs of one file exceed {self._limits.xattr_bytes} bytes")
 
     def finish(self) -> list[Inode]:
@@ -291,11 +325,8 @@ def sorted_children(node: Directory) -> Iterator[tuple[bytes, Inode]]:
 
 def _representable(name: bytes, mode: int) -> bool:
     """Whether EROFS has a name index for the attribute and the kernel would show it on such a file."""
-    if name in (b"system.posix_acl_access", b"system.posix_acl_default"):
-        return True
-    prefix, _, rest = name.partition(b".")
-    if not rest:
+    if name.startswith(b"trusted."):
+        return False  # overlay's own are the index writer's to set, never a layer's
+    if name.startswith(b"user.") and mode & 0o170000 not in (S_IFREG, S_IFDIR):
         return False
-    if prefix == b"user":
-        return mode & 0o170000 in (S_IFREG, S_IFDIR)
-    return prefix == b"security"
+    return erofs.split_xattr_name(name) is not None

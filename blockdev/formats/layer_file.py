@@ -136,12 +136,42 @@ class Trailer:
         if (data_block, hash_block) not in known:
             raise FormatError(f"trailer names block sizes {data_block}/{hash_block}, which no format has")
         trailer = cls(Params(data_block, hash_block), data_size, tree, levels, root, diff_id)
-        if trailer.pack() != raw or blocks * data_block != data_size:
+        if not blocks or trailer.pack() != raw or blocks * data_block != data_size:
             raise FormatError("trailer contradicts itself")
         return trailer
 
 
 assert Trailer.LAYOUT.size == 120
+
+
+def open_layer_file(read_at: Callable[[int, int], bytes], size_bytes: int) -> tuple[Format, Identity, Trailer]:
+    """What head and trailer say, where they agree with each other and with the file's size. Nothing is verified.
+
+    `read_at`: (offset, size) in bytes → at most size bytes. Raises FormatError.
+    """
+    if size_bytes < HEAD_BYTES + TRAILER_BYTES:
+        raise FormatError(f"file of {size_bytes} bytes is no layer file")
+    trailer = Trailer.unpack(read_at(size_bytes - TRAILER_BYTES, TRAILER_BYTES))
+    if size_bytes != trailer.file_size_bytes:
+        raise FormatError(f"file has {size_bytes} bytes, its trailer says {trailer.file_size_bytes}")
+    geometry = Geometry(trailer.data_blocks, trailer.params)
+    if (geometry.tree_size_bytes, len(geometry.levels)) != (trailer.tree_size_bytes, trailer.levels):
+        raise FormatError("trailer names a tree of another shape than its data has")
+    layer_format = next(known for known in FORMATS.values() if known.params == trailer.params)
+    head = read_at(0, HEAD_BYTES)
+    identity = Identity.unpack(head)
+    if identity.diff_id != trailer.diff_id:
+        raise FormatError("identity record and trailer name different diff IDs")
+    superblock = erofs.Superblock.unpack(head[erofs.SUPERBLOCK_OFFSET_BYTES :])
+    block = layer_format.block_bytes
+    if (
+        1 << superblock.block_bits != block
+        or superblock.blocks * block != trailer.data_size_bytes
+        or superblock.meta_block * block != identity.metadata_offset_bytes
+        or superblock.uuid != layer_uuid(layer_format.name, identity.diff_id)
+    ):
+        raise FormatError("superblock is another layer's")
+    return layer_format, identity, trailer
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +233,8 @@ class LayerWriter:
     """One layer in the `tar-index` format.
 
     `write` appends to the layer file behind its head, `write_head` puts the 4096 bytes of the head in
-    front (called once, last). So each byte is written once. `leaves` holds the leaf digests. Every
-    sink raises BlockdevError.
+    front (called once, last). So each byte is written once. `leaves` holds the leaf digests. Sinks
+    and `finish` raise FormatError, UnsupportedError and LimitExceeded, and what `write` and `leaves` raise.
     """
 
     def __init__(

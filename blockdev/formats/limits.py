@@ -13,10 +13,10 @@ class Limits:
     tar_bytes: int = 64 << 30
     entries: int = 4_000_000
     path_bytes: int = 64 << 10
-    xattr_bytes: int = 262_148 - 12
+    xattr_bytes: int = 262_148  # of one inode, as the index stores them; also the most that it can
     extended_header_bytes: int = 1 << 20
-    # Metadata a layer may claim beyond its entries: names, link texts and attributes together.
-    metadata_bytes: int = 1 << 30
+    # What the file tree may take in memory: inodes, names, link texts and attributes together.
+    metadata_bytes: int = 2 << 30
     # A stream may grow this many times over its blob, once it is past the floor below it.
     expansion_ratio: int = 1100
     expansion_floor_bytes: int = 64 << 20

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,7 +33,7 @@ from verity.buffers import Buffer
 RECORD_BYTES: Final = 512
 _ZERO_RECORD: Final = bytes(RECORD_BYTES)
 _OCTAL: Final = re.compile(rb"[0-7]+\Z")
-_DECIMAL: Final = re.compile(rb"[+-]?[0-9]+\Z")
+_DECIMAL: Final = re.compile(rb"([+-]?)(?=[0-9])0*([0-9]*)\Z")
 # Go's time parser: seconds with an optional sign, and a fraction that may be empty.
 _PAX_TIME: Final = re.compile(rb"([+-]?[0-9]+)(?:\.([0-9]*))?\Z")
 _MAX_64: Final = 1 << 63
@@ -115,21 +116,22 @@ def _number(field: bytes, what: str) -> int:
 
 
 def _pax_number(value: bytes, key: str) -> int:
-    if not _DECIMAL.match(value) or len(value) > 40:
+    match = _DECIMAL.match(value)
+    if not match:
         raise FormatError(f"pax {key} is no decimal number: {value[:40]!r}")
-    number = int(value)
-    if not -_MAX_64 <= number < _MAX_64:
+    sign, digits = match.groups()
+    # Twenty digits are more than 64 bits; Python refuses thousands of them with an error of its own.
+    number = int(digits[:20] or b"0") * (-1 if sign == b"-" else 1)
+    if len(digits) > 20 or not -_MAX_64 <= number < _MAX_64:
         raise FormatError(f"pax {key} does not fit 64 bits")
     return number
 
 
 def _pax_time(value: bytes) -> tuple[int, int]:
     match = _PAX_TIME.match(value)
-    if not match or len(match[1]) > 40:
+    if not match:
         raise FormatError(f"pax mtime is no time: {value[:40]!r}")
-    seconds = int(match[1])
-    if not -_MAX_64 <= seconds < _MAX_64:
-        raise FormatError("pax mtime does not fit 64 bits")
+    seconds = _pax_number(match[1], "mtime")
     nanoseconds = int((match[2] or b"0")[:9].ljust(9, b"0"))
     if match[1].startswith(b"-") and nanoseconds:
         seconds, nanoseconds = seconds - 1, 1_000_000_000 - nanoseconds
@@ -141,11 +143,11 @@ def parse_pax(body: bytes) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     position, end = 0, len(body)
     while position < end:
-        blank = body.find(b" ", position, position + 21)
+        blank = body.find(b" ", position)
         digits = body[position:blank] if blank > 0 else b""
         if not digits.isdigit():
             raise FormatError("pax record without a length")
-        length = int(digits)
+        length = _pax_number(digits, "record length")
         stop = position + length
         if length < 5 or stop > end or body[stop - 1 : stop] != b"\n" or blank >= stop:
             raise FormatError("pax record of a wrong length")
@@ -155,6 +157,15 @@ def parse_pax(body: bytes) -> dict[bytes, bytes]:
         records[key] = value
         position = stop
     return records
+
+
+@contextmanager
+def _placed(at: int, name: bytes) -> Iterator[None]:
+    """Errors say where the header is that they are about."""
+    try:
+        yield
+    except (FormatError, UnsupportedError, LimitExceeded) as error:
+        raise type(error)(f"tar header at byte {at} ({name[:60]!r}): {error}") from None
 
 
 class TarScanner:
@@ -176,6 +187,7 @@ class TarScanner:
         self._zero_records = 0
         self._ended = False
         self._extension: tuple[str, int] | None = None
+        self._extension_at = 0  # where its header is
         self._body = bytearray()
         self._pax: dict[bytes, bytes] | None = None
         self._long_name: bytes | None = None
@@ -247,8 +259,10 @@ class TarScanner:
         if len(self._body) == size:
             self._extension = None
             self._skip = self._padding = -size % RECORD_BYTES
-            self._extend(kind, bytes(self._body))
-            self._body = bytearray()
+            self._padding_dirty = True  # nobody ever sees it: not counted
+            body, self._body = bytes(self._body), bytearray()
+            with _placed(self._extension_at, b"extended header"):
+                self._extend(kind, body)
         return position
 
     def _extend(self, kind: str, body: bytes) -> None:
@@ -256,7 +270,7 @@ class TarScanner:
             self._pax = parse_pax(body)
             for key in self._pax:
                 if key.startswith(b"GNU.sparse."):
-                    raise UnsupportedError(f"pax sparse member before byte {self._offset}")
+                    raise UnsupportedError("pax sparse member")
         elif kind == "g":
             parse_pax(body)  # malformed ones are refused; well formed ones change nothing
             self._pax = self._long_name = self._long_link = None
@@ -273,10 +287,8 @@ class TarScanner:
             return
         if self._zero_records:
             raise FormatError(f"bytes after a single zero block, at byte {at}")
-        try:
+        with _placed(at, _cut(record[:100])):
             self._header(record, end_offset)
-        except FormatError as error:
-            raise FormatError(f"tar header at byte {at} ({_cut(record[:100])[:60]!r}): {error}") from None
 
     def _header(self, record: bytes, end_offset: int) -> None:
         stored = _number(record[148:156], "checksum")
@@ -305,7 +317,7 @@ class TarScanner:
                 raise LimitExceeded(
                     f"extended header of {size} bytes, over the limit of {self._limits.extended_header_bytes}"
                 )
-            self._extension = (extension, size)
+            self._extension, self._extension_at = (extension, size), end_offset - RECORD_BYTES
             if not size:
                 self._extension = None
                 self._extend(extension, b"")
@@ -347,12 +359,15 @@ class TarScanner:
         member_type = _TYPES.get(typeflag)
         if member_type is None:
             kind = "GNU sparse" if typeflag == 0x53 else f"type {bytes((typeflag,))!r}"
-            raise UnsupportedError(f"{kind} member {name[:200]!r} at byte {end_offset - RECORD_BYTES}")
+            raise UnsupportedError(f"{kind} member {name[:200]!r}")
         if typeflag == 0 and name.endswith(b"/"):
             member_type = MemberType.DIRECTORY
-        if size < 0:
-            raise FormatError("negative size")
         if typeflag in (0x30, 0x00):
+            if size < 0:
+                raise FormatError("negative size")
+            if size and member_type is MemberType.DIRECTORY:
+                # Go reads the next header where the data is: a scanner would see other files than we.
+                raise FormatError("directory of type NUL with data")
             follows = size
         else:
             follows = size = 0

@@ -38,7 +38,7 @@ class MountEntry:
 def parse_mountinfo(text: str) -> list[MountEntry]:
     """All mounts in the file's order: of two on one mount point the later is on top."""
     entries = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # the kernel escapes newlines, and no other character that splitlines() knows
         left, dash, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         if dash and len(fields) >= 6 and len(rest) >= 2:
@@ -54,7 +54,7 @@ def mounted_below(directory: Path) -> list[MountEntry]:
     """Mounts in `directory`, itself left out. Raises KernelError."""
     prefix = str(directory) + "/"
     try:
-        text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+        text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
     except OSError as error:
         raise KernelError(f"cannot read mountinfo: {error}") from None
     return [entry for entry in parse_mountinfo(text) if entry.mount_point.startswith(prefix)]
@@ -72,11 +72,18 @@ def mounts_files() -> bool:
 
 
 def mount_erofs(file: Path, target: Path, block_bytes: int, *, file_backed: bool | None = None) -> None:
-    """Mount a layer file read-only, without set-user-ID programs and devices. Raises KernelError."""
+    """Mount a layer file read-only, without set-user-ID programs and devices. Raises KernelError.
+
+    By default from the file itself where the kernel can; it cannot where EROFS was built without
+    that, nor from an overlay file system or tmpfs, and then a loop device stands in between.
+    """
     flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
     if mounts_files() if file_backed is None else file_backed:
-        _mount(str(file), target, "erofs", flags)
-        return
+        number = _mount(str(file), target, "erofs", flags)
+        if not number:
+            return
+        if number != errno.ENOTBLK or file_backed:
+            raise _mount_error(str(file), target, number)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -86,16 +93,22 @@ def mount_erofs(file: Path, target: Path, block_bytes: int, *, file_backed: bool
     finally:
         os.close(fd)
     try:
-        _mount(os.readlink(f"/proc/self/fd/{device}"), target, "erofs", flags)
+        path = os.readlink(f"/proc/self/fd/{device}")
+        if number := _mount(path, target, "erofs", flags):
+            raise _mount_error(f"{file} through {path}", target, number)
     finally:
         os.close(device)  # the mount, if there is one, holds it now
 
 
-def _mount(source: str, target: Path, fs_type: str, flags: int) -> None:
+def _mount(source: str, target: Path, fs_type: str, flags: int) -> int:
+    """0, or the error number."""
     if _libc.mount(os.fsencode(source), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), None):
-        number = ctypes.get_errno()
-        hint = " (is the file on an overlay file system?)" if number == errno.ENOTBLK else ""
-        raise KernelError(f"mount of {source} at {target} as {fs_type}: {os.strerror(number)}{hint}")
+        return ctypes.get_errno()
+    return 0
+
+
+def _mount_error(source: str, target: Path, number: int) -> KernelError:
+    return KernelError(f"mount of {source} at {target} as EROFS: {os.strerror(number)}")
 
 
 def unmount(target: Path, *, lazily: bool = False) -> None:

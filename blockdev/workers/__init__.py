@@ -4,6 +4,7 @@
     blob ─► builder ═pipe═► decompressor ═pipe═► builder ─► staged file, result
 
 The builder hashes what it reads and what comes back, scans, and writes. The decompressor, the only
-code here that parses compressed bytes in C, holds two pipes and nothing else: taken over, it can
-choose bytes, which the digests then refuse.
+code here that parses compressed bytes in C, is handed two pipes and a file for its report: from it come
+bytes, which the digests then refuse where they are others than the image's. Both run as who starts
+them; taking their privileges away is still to come.
 """

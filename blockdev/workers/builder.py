@@ -19,6 +19,11 @@ from verity.buffers import Buffer
 from verity.hasher import LeafStore
 
 _PIECES: Final = 8
+_PUMPED_PIECES: Final = 4
+# Beside the file tree: interpreter, buffers, and the stacks and arenas of its threads, mostly never touched.
+_ADDRESS_SPACE_BYTES: Final = 3 << 30
+# The scanner computes in Python between calls of the others into C: they would wait 5 ms for their turn.
+_SWITCH_SECONDS: Final = 0.0002
 _LEAVES_IN_MEMORY_BYTES: Final = 8 << 20
 # Dirty pages go to the disk this far behind the writing, so that the fsync at the end finds little to do.
 _WRITE_BACK_BYTES: Final = 32 << 20
@@ -79,7 +84,11 @@ class _Blob:
         self.error: BaseException | None = None
 
     def read(self, view: memoryview) -> int:
-        size = _fill(self._fd, view)
+        try:
+            size = _fill(self._fd, view)
+        except OSError as error:
+            self.error = error  # nothing can be said of its digest
+            raise
         self.size_bytes += size
         if self._expected is not None and self.size_bytes > self._expected:
             raise DigestMismatch(f"blob is longer than its {self._expected} bytes")
@@ -87,23 +96,21 @@ class _Blob:
 
     def pump(self, into_fd: int) -> None:
         """Thread: everything into the decompressor, hashed on the way."""
-        try:
-            view = memoryview(bytearray(protocol.PIECE_BYTES))
-            open_end = True
-            while size := self.read(view):
-                rest = view[:size]
-                hashing = threading.Thread(target=self.hasher.update, args=(view[:size],)) if size > 1 << 16 else None
-                if hashing:
-                    hashing.start()
-                else:
-                    self.hasher.update(view[:size])
+        open_end = True
+
+        def write(piece: Buffer) -> None:
+            nonlocal open_end
+            rest = memoryview(piece)
+            try:
                 while rest and open_end:
-                    try:
-                        rest = rest[os.write(into_fd, rest) :]
-                    except BrokenPipeError:
-                        open_end = False  # it has failed and says why; the digest is still wanted
-                if hashing:
-                    hashing.join()
+                    rest = rest[os.write(into_fd, rest) :]
+            except BrokenPipeError:
+                open_end = False  # it has failed and says why; the digest is still wanted
+
+        try:
+            Pipeline((self.hasher.update, write), pieces=_PUMPED_PIECES, piece_bytes=protocol.PIECE_BYTES).run(
+                self.read
+            )
         except BaseException as error:
             self.error = error
         finally:
@@ -150,8 +157,10 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
         size = blob.read(view) if plain else _fill(parameters.tar_fd, view)
         total += size
         limits = parameters.limits
-        if not plain and total > max(limits.expansion_floor_bytes, limits.expansion_ratio * blob.size_bytes):
-            raise LimitExceeded(f"blob of {blob.size_bytes} bytes expands more than {limits.expansion_ratio} times")
+        # Of the whole blob: what was read of it by now depends on how the processes happened to run.
+        compressed = max(blob.size_bytes, parameters.expected_size_bytes or 0)
+        if not plain and total > max(limits.expansion_floor_bytes, limits.expansion_ratio * compressed):
+            raise LimitExceeded(f"blob of {compressed} bytes expands more than {limits.expansion_ratio} times")
         return size
 
     failure: BaseException | None = None
@@ -164,7 +173,7 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
     if pump is not None:
         os.close(parameters.tar_fd)  # a failed build lets the decompressor go
         pump.join()
-    elif failure is not None and not isinstance(failure, (DigestMismatch, OSError)):
+    elif failure is not None and blob.error is None and not isinstance(failure, DigestMismatch):
         blob.finish(tar_digest.update)
     # A rotten blob explains every other failure, so it is said first.
     digest = blob.check(parameters.expected_digest)
@@ -190,7 +199,8 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
 
 def main() -> None:
     parameters = protocol.BuilderParameters.decode(sys.argv[1])
-    protocol.settle(parameters.parent_pid, address_space_bytes=None)
+    protocol.settle(parameters.parent_pid, address_space_bytes=parameters.limits.metadata_bytes + _ADDRESS_SPACE_BYTES)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     protocol.answer(1, lambda: _work(parameters))
 
 

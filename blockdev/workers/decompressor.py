@@ -30,7 +30,9 @@ def _work(kind: Compression) -> dict[str, Any]:
 
 def main() -> None:
     kind, parent_pid = sys.argv[1:]
-    protocol.settle(int(parent_pid), address_space_bytes=_ADDRESS_SPACE_BYTES)
+    protocol.settle(
+        int(parent_pid), address_space_bytes=_ADDRESS_SPACE_BYTES, file_size_bytes=protocol.MESSAGE_BYTES_MAX
+    )
     protocol.answer(2, lambda: _work(Compression(kind)))
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from blockdev.errors import BlockdevError, BuildFailed, DigestMismatch
+from blockdev.errors import BlockdevError, BuildFailed, DigestMismatch, FormatError, NoSpace, UnsupportedError
 from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.layer_file import format_named
 from blockdev.formats.limits import Limits
@@ -72,11 +72,11 @@ async def run_build(request: BuildRequest) -> BuildRecord:
 
 
 async def _run(request: BuildRequest, compression: Compression) -> BuildRecord:
-    with ExitStack() as ends:
+    with ExitStack() as reports, ExitStack() as pipes:
         compressed_read = compressed_write = tar_read = tar_write = -1
         if compression is not Compression.NONE:
-            compressed_read, compressed_write = _pipe(ends)
-            tar_read, tar_write = _pipe(ends)
+            compressed_read, compressed_write = _pipe(pipes)
+            tar_read, tar_write = _pipe(pipes)
         parameters = protocol.BuilderParameters(
             blob_fd=request.blob_fd,
             compressed_fd=compressed_write,
@@ -90,79 +90,118 @@ async def _run(request: BuildRequest, compression: Compression) -> BuildRecord:
             parent_pid=os.getpid(),
         )
         kept = [request.blob_fd, request.staged_fd, request.spool_fd, compressed_write, tar_read]
-        processes: list[asyncio.subprocess.Process] = []
+        workers: list[_Worker] = []
         try:
+            report = _report_file(reports)
             builder = await _start(
-                "builder", parameters.encode(), stdout=asyncio.subprocess.PIPE, pass_fds=[fd for fd in kept if fd >= 0]
+                "builder", parameters.encode(), stdout=report, pass_fds=[fd for fd in kept if fd >= 0]
             )
-            processes.append(builder)
-            waits = [_report(builder, builder.stdout)]
+            workers.append(_Worker(builder, report))
             if compression is not Compression.NONE:
+                report = _report_file(reports)
                 decompressor = await _start(
                     "decompressor", compression.value, str(os.getpid()),
-                    stdin=compressed_read, stdout=tar_write, stderr=asyncio.subprocess.PIPE,
+                    stdin=compressed_read, stdout=tar_write, stderr=report,
                 )  # fmt: skip
-                processes.append(decompressor)
-                waits.append(_report(decompressor, decompressor.stderr))
-            ends.close()  # or no end of a pipe would ever be seen
-            reports = await asyncio.gather(*waits)
-        except BaseException:
-            for process in processes:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            for process in processes:
-                await process.wait()
-            raise
-    return _verdict(reports)
+                workers.append(_Worker(decompressor, report))
+            pipes.close()  # or no end of one would ever be seen
+            await asyncio.gather(*(worker.process.wait() for worker in workers))
+            return _verdict([worker.report() for worker in workers])
+        finally:
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                await worker.process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: asyncio.subprocess.Process
+    report_fd: int
+
+    def kill(self) -> None:
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def report(self) -> dict[str, Any]:
+        """What it said; an error of ours where it ended without saying anything that makes sense."""
+        text = os.pread(self.report_fd, protocol.MESSAGE_BYTES_MAX + 1, 0)
+        status = self.process.returncode
+        try:
+            reply = json.loads(text) if len(text) <= protocol.MESSAGE_BYTES_MAX else None
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict) or ("error" not in reply) == (status != 0):
+            how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
+            tail = text[-500:].decode("ascii", "backslashreplace").strip()
+            return protocol.encode_error(
+                BuildFailed(f"a build process ended by {how} without a report {tail}".rstrip())
+            )
+        return reply
+
+
+def _report_file(ends: ExitStack) -> int:
+    """Not a pipe: whatever a worker writes, or leaves open behind it, its end is its end."""
+    fd = os.memfd_create("report", os.MFD_CLOEXEC)
+    ends.callback(os.close, fd)
+    return fd
 
 
 def _verdict(reports: list[dict[str, Any]]) -> BuildRecord:
-    """A rotten blob explains all else; a stream that broke off explains what the builder saw of it."""
-    failures = [protocol.decode_error(report) if "error" in report else None for report in reports]
-    built, unpacked = failures[0], failures[1] if len(failures) > 1 else None
-    if isinstance(built, DigestMismatch):
+    """The cause of several failures, where one brought about the others.
+
+    A rotten blob explains all else. A builder that the disk or the kernel failed explains a stream cut
+    short, and a stream cut short or corrupt explains what the builder saw of it.
+    """
+    built, unpacked = [*(_failure(report) for report in reports), None][:2]
+    if isinstance(unpacked, _NOT_A_DECOMPRESSORS):
+        unpacked = BuildFailed(f"the decompressor says {type(unpacked).__name__}: {unpacked}")
+    if isinstance(built, (DigestMismatch, BuildFailed)):
         raise built
     if unpacked is not None:
         raise unpacked
     if built is not None:
         raise built
     report = reports[0]
-    if len(reports) > 1:
-        if reports[1].get("size_bytes") != report["tar_size_bytes"]:
-            raise BuildFailed("the decompressor and the builder disagree about the size of the tar")
-        report["usage"]["decompressor"] = {
-            name: reports[1][name] for name in ("cpu_seconds", "peak_rss_bytes") if name in reports[1]
-        }
-    return BuildRecord(**report)
+    try:
+        if len(reports) > 1:
+            if reports[1].get("size_bytes") != report["tar_size_bytes"]:
+                raise BuildFailed("the decompressor and the builder disagree about the size of the tar")
+            report["usage"]["decompressor"] = {
+                name: float(reports[1][name]) for name in ("cpu_seconds", "peak_rss_bytes")
+            }
+        return BuildRecord(**report)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BuildFailed(f"a report that makes no sense: {error!r}") from None
+
+
+# What these are about, only the builder sees.
+_NOT_A_DECOMPRESSORS: Final = (DigestMismatch, FormatError, UnsupportedError, NoSpace)
+
+
+def _failure(report: dict[str, Any]) -> BlockdevError | None:
+    return protocol.decode_error(report) if "error" in report else None
 
 
 async def _start(program: str, *arguments: str, **options: Any) -> asyncio.subprocess.Process:
+    """Raises BuildFailed."""
     options.setdefault("stdin", asyncio.subprocess.DEVNULL)
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-m", f"blockdev.workers.{program}", *arguments,
-        env=_ENVIRONMENT, cwd="/", start_new_session=True, **options,
-    )  # fmt: skip
-
-
-async def _report(process: asyncio.subprocess.Process, stream: asyncio.StreamReader | None) -> dict[str, Any]:
-    assert stream is not None
-    text = b""
-    while len(text) <= protocol.MESSAGE_BYTES_MAX and (piece := await stream.read(protocol.MESSAGE_BYTES_MAX)):
-        text += piece
-    status = await process.wait()
     try:
-        reply = json.loads(text)
-    except ValueError:
-        reply = None
-    if not isinstance(reply, dict) or ("error" not in reply) == (status != 0):
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        tail = text[-500:].decode("ascii", "backslashreplace").strip()
-        return protocol.encode_error(BuildFailed(f"a build process ended by {how} without a report {tail}".rstrip()))
-    return reply
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-m", f"blockdev.workers.{program}", *arguments,
+            env=_ENVIRONMENT, cwd="/", start_new_session=True, **options,
+        )  # fmt: skip
+    except OSError as error:
+        raise BuildFailed(f"a build process could not be started: {error}") from None
 
 
 def _pipe(ends: ExitStack) -> tuple[int, int]:
-    read, write = os.pipe2(os.O_CLOEXEC)
+    """Raises BuildFailed."""
+    try:
+        read, write = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        raise BuildFailed(f"no pipe for a build: {error}") from None
     ends.callback(os.close, read)
     ends.callback(os.close, write)
     protocol.enlarge_pipe(write)

@@ -8,12 +8,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from blockdev import errors
@@ -65,9 +67,15 @@ class BuilderParameters:
 
 
 def usage() -> dict[str, float | int]:
-    """Of the calling process: CPU in seconds, peak resident memory in bytes, bytes it caused to be written."""
+    """Of the calling process: CPU in seconds, peak resident memory in bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"cpu_seconds": round(used.ru_utime + used.ru_stime, 3), "peak_rss_bytes": used.ru_maxrss * 1024}
+    # Not ru_maxrss: a process inherits that of who started it.
+    status = Path("/proc/self/status").read_text()
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return {
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 3),
+        "peak_rss_bytes": int(peak[1]) * 1024 if peak else 0,
+    }
 
 
 def encode_error(error: BaseException) -> dict[str, str]:
@@ -92,16 +100,17 @@ def enlarge_pipe(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
-def settle(parent_pid: int, *, address_space_bytes: int | None) -> None:
-    """First act of a worker: die with the parent, gain nothing by exec, leave no core file."""
+def settle(parent_pid: int, *, address_space_bytes: int, file_size_bytes: int | None = None) -> None:
+    """First act of a worker: die with the parent, gain nothing by exec, leave no core file, keep to the bounds."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)  # it died before the line above
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if address_space_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
+    if file_size_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_bytes, file_size_bytes))
 
 
 def answer(fd: int, work: Callable[[], dict[str, Any]]) -> None:

@@ -8,15 +8,14 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blockdev.errors import FormatError
 from blockdev.formats.compression import MEDIA_TYPES, detect
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, TRAILER_BYTES, Identity, Trailer, format_named
+from blockdev.formats.layer_file import Format, Identity, Trailer, format_named, open_layer_file
 from blockdev.workers.launch import BuildRequest, run_build
 from verity.errors import VerityError
 from verity.table import dm_table
@@ -65,19 +64,13 @@ def build(source: Path, output: Path, format: str) -> dict[str, Any]:
     }
 
 
-def _open(file: BinaryIO) -> tuple[str, Identity, Trailer]:
-    """(format, identity, trailer), agreeing with each other and with the file's size. Raises FormatError."""
-    size = os.fstat(file.fileno()).st_size
-    if size < HEAD_BYTES + TRAILER_BYTES:
-        raise FormatError(f"file of {size} bytes is no layer file")
-    trailer = Trailer.unpack(os.pread(file.fileno(), TRAILER_BYTES, size - TRAILER_BYTES))
-    if size != trailer.file_size_bytes:
-        raise FormatError(f"file has {size} bytes, its trailer says {trailer.file_size_bytes}")
-    identity = Identity.unpack(os.pread(file.fileno(), HEAD_BYTES, 0))
-    if identity.diff_id != trailer.diff_id:
-        raise FormatError("identity record and trailer name different diff IDs")
-    name = next(known.name for known in FORMATS.values() if known.params == trailer.params)
-    return name, identity, trailer
+def _reader(file: BinaryIO) -> Callable[[int, int], bytes]:
+    return lambda offset, size: os.pread(file.fileno(), size, offset)
+
+
+def _open(file: BinaryIO) -> tuple[Format, Identity, Trailer]:
+    """Raises FormatError."""
+    return open_layer_file(_reader(file), os.fstat(file.fileno()).st_size)
 
 
 def verify(path: Path, root_hash: str) -> dict[str, Any]:
@@ -89,14 +82,12 @@ def verify(path: Path, root_hash: str) -> dict[str, Any]:
     if len(root) != 32:
         raise VerityError(f"root hash {root_hash!r} is not 64 hexadecimal digits")
     with path.open("rb") as file:
-        name, identity, trailer = _open(file)
         # Sizes are not bound by the root hash: the format's rules and the file's size decide about them.
+        layer_format, identity, trailer = _open(file)
         geometry = Geometry(trailer.data_blocks, trailer.params)
-        if geometry.tree_size_bytes != trailer.tree_size_bytes or len(geometry.levels) != trailer.levels:
-            raise FormatError("trailer names a tree of another shape than its data has")
-        verify_all(lambda offset, size: os.pread(file.fileno(), size, offset), geometry, root)
+        verify_all(_reader(file), geometry, root)
     return {
-        "format": name,
+        "format": layer_format.name,
         "diff_id": "sha256:" + identity.diff_id.hex(),
         "root_hash": root.hex(),
         "data_size_bytes": trailer.data_size_bytes,
@@ -110,12 +101,12 @@ def verify(path: Path, root_hash: str) -> dict[str, Any]:
 def inspect(path: Path) -> dict[str, Any]:
     """Raises FormatError."""
     with path.open("rb") as file:
-        name, identity, trailer = _open(file)
-        reader = Reader(lambda offset, size: os.pread(file.fileno(), size, offset), trailer.data_size_bytes)
+        layer_format, identity, trailer = _open(file)
+        reader = Reader(_reader(file), trailer.data_size_bytes)
     geometry = Geometry(trailer.data_blocks, trailer.params)
     uuid = reader.superblock.uuid.hex()
     return {
-        "format": name,
+        "format": layer_format.name,
         "diff_id": "sha256:" + identity.diff_id.hex(),
         "root_hash": trailer.root_hash.hex(),
         "tar_offset_bytes": identity.tar_offset_bytes,
@@ -142,7 +133,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
     """Raises FormatError, LimitExceeded."""
     with path.open("rb") as file:
         _, _, trailer = _open(file)
-        reader = Reader(lambda offset, size: os.pread(file.fileno(), size, offset), trailer.data_size_bytes)
+        reader = Reader(_reader(file), trailer.data_size_bytes)
         for entry in reader.walk():
             yield {
                 "path": "/" + _text(entry.path),
@@ -163,7 +154,10 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 def long_line(entry: dict[str, Any]) -> str:
     """As `ls -l` shows it; control characters escaped."""
     mode = int(entry["mode"], 8)
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["mtime"]))
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["mtime"]))
+    except (OSError, OverflowError, ValueError):  # beyond what the C library can say
+        when = f"@{entry['mtime']}"
     size = entry["rdev"] if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else entry["size_bytes"]
     name = entry["path"] + (f" -> {entry['link']}" if entry["link"] else "")
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -112,7 +114,12 @@ def inspect(file: LayerFile, as_json: AsJSON = False) -> None:
 def ls(file: LayerFile, as_json: AsJSON = False) -> None:
     """The files in a layer, as its index has them."""
     if as_json:
-        sys.stdout.write(json.dumps(list(layer.entries(file)), indent=1) + "\n")
+        # One by one: a small layer can have gigabytes of path names.
+        separator = "[\n"
+        for entry in layer.entries(file):
+            sys.stdout.write(separator + json.dumps(entry))
+            separator = ",\n"
+        sys.stdout.write("\n]\n")
         return
     for entry in layer.entries(file):
         sys.stdout.write(layer.long_line(entry) + "\n")
@@ -173,4 +180,10 @@ def layers(config_file: ConfigFile = None, as_json: AsJSON = False) -> None:
 
 
 def main() -> None:
+    # Without standard streams a file that is opened would take their numbers, and a worker put its own there.
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    # As an exception, so that what is half done is cleaned up.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
