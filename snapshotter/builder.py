@@ -5,27 +5,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeAlias, cast
 
 from blockdev.errors import BlockdevError
 from blockdev.formats.compression import compression_of
 from blockdev.formats.limits import Limits
-from blockdev.workers.launch import BuildRequest, run_build
+from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from snapshotter import metrics
 from snapshotter.content import Blob, Caller, Content
-from snapshotter.errors import DataLoss, InvalidArgument, NotFound, translate
-from snapshotter.layerstore import LayerStore
+from snapshotter.errors import DataLoss, DeadlineExceeded, InvalidArgument, NotFound, Unavailable, translate
+from snapshotter.layerstore import LayerStore, Staged
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore
 from snapshotter.names import is_digest
+from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 
 # A retry after the caller has gone away finds the build still running.
 _LINGER_SECONDS: Final = 60.0
 # Between its publication and the snapshot's row nothing in the metadata refers to a layer.
 _RECENT_SECONDS: Final = 300.0
+
+
+_Key: TypeAlias = tuple[str, int, str, str]  # blob digest, its size as the caller has it, compression, format
+
+
+class _GivenUp(Exception):
+    """The build that was joined ended without a result."""
 
 
 @dataclass(slots=True)
@@ -50,7 +58,9 @@ class Builder:
         self._metastore, self._store, self._content = metastore, store, content
         self._slots = asyncio.Semaphore(workers)
         self._limits, self._timeout, self._per_namespace = limits, timeout_seconds, per_namespace
-        self._running: dict[tuple[str, str, str], _Running] = {}
+        self._running: dict[_Key, _Running] = {}
+        self._tasks: set[asyncio.Task[Layer]] = set()
+        self._closed = False
         self._recent: dict[LayerID, float] = {}
         # Held while files and rows of layers are between two states; who deletes layers takes it too.
         self.publishing = asyncio.Lock()
@@ -69,39 +79,76 @@ class Builder:
             raise InvalidArgument(f"layer {blob.digest!r} of {blob.size_bytes} bytes: no sha256 digest or no size")
         if self._per_namespace and not await self._content.visible(blob, caller):
             raise NotFound(f"blob {blob.digest} is not in namespace {caller.namespace}")
-        stored = await self._stored(blob, compression, format)
-        if stored is not None:
-            metrics.BUILDS_CACHED.inc()
-            self._touch(stored)
-            return stored
-        key = (blob.digest, compression, format)
-        running = self._running.get(key)
-        if running is None:
-            running = _Running(asyncio.create_task(self._build(blob, compression, format, caller)))
-            self._running[key] = running
-            running.task.add_done_callback(lambda task: self._done(key, task))
-        else:
-            metrics.BUILDS_JOINED.inc()
-        return await self._join(running)
+        key = (blob.digest, blob.size_bytes, compression, format)
+        while not self._closed:
+            stored = await self._stored(blob, compression, format)
+            if stored is not None:
+                metrics.BUILDS_CACHED.inc()
+                return stored
+            running = self._running.get(key)
+            joined = running is not None
+            if running is None:
+                running = self._start(key, self._build(blob, compression, format, caller))
+            else:
+                metrics.BUILDS_JOINED.inc()
+            try:
+                return await self._join(key, running)
+            except (NotFound, Unavailable):
+                # Who began it may not see the blob, where this caller does.
+                if not joined:
+                    raise
+            except _GivenUp:
+                pass
+        raise Unavailable("the daemon is stopping")
 
-    async def _join(self, running: _Running) -> Layer:
+    async def mapping(self, blob: Blob) -> str | None:
+        """The diff ID that a build of the blob has found before."""
+        try:
+            compression = compression_of(blob.media_type).value
+        except BlockdevError:
+            return None
+        known = await self._metastore.blob(blob.digest, compression)
+        return known[0] if known is not None and known[1] == blob.size_bytes else None
+
+    def _start(self, key: _Key, work: Coroutine[Any, Any, Layer]) -> _Running:
+        running = _Running(asyncio.create_task(work))
+        self._running[key] = running
+        self._tasks.add(running.task)
+        running.task.add_done_callback(lambda _: self._ended(key, running))
+        return running
+
+    async def _join(self, key: _Key, running: _Running) -> Layer:
         running.waiters += 1
         if running.end is not None:
             running.end.cancel()
             running.end = None
         try:
             return await asyncio.shield(running.task)
+        except asyncio.CancelledError:
+            if running.task.cancelled() and not cast(asyncio.Task[Any], asyncio.current_task()).cancelling():
+                raise _GivenUp from None  # the build ended, not this caller
+            raise
         finally:
             running.waiters -= 1
             if not running.waiters and not running.task.done():
-                running.end = asyncio.get_running_loop().call_later(_LINGER_SECONDS, running.task.cancel)
+                running.end = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._give_up, key, running)
 
-    def _done(self, key: tuple[str, str, str], task: asyncio.Task[Layer]) -> None:
-        running = self._running.pop(key)
+    def _give_up(self, key: _Key, running: _Running) -> None:
+        """Nobody came back for it. Who comes from now on starts another."""
+        self._forget(key, running)
+        running.task.cancel()
+
+    def _ended(self, key: _Key, running: _Running) -> None:
+        self._forget(key, running)
+        self._tasks.discard(running.task)
         if running.end is not None:
             running.end.cancel()
-        if not task.cancelled():
-            task.exception()  # who waits has it; nobody may be waiting
+        if not running.task.cancelled():
+            running.task.exception()  # who waits has it; nobody may be waiting
+
+    def _forget(self, key: _Key, running: _Running) -> None:
+        if self._running.get(key) is running:
+            del self._running[key]
 
     async def _stored(self, blob: Blob, compression: str, format: str) -> Layer | None:
         known = await self._metastore.blob(blob.digest, compression)
@@ -110,18 +157,20 @@ class Builder:
         diff_id, size_bytes = known
         if size_bytes != blob.size_bytes:
             raise DataLoss(f"layer {blob.digest}: blob has {size_bytes} bytes, not {blob.size_bytes}")
-        layer = await self._metastore.layer(diff_id, format)
-        if layer is None or layer.state is not LayerState.READY:
-            return None
-        why = await asyncio.to_thread(self._contradiction, layer)
-        if why:
-            self._log.error("layer file is broken, building it again", diff_id=diff_id, reason=why)
-            await self._metastore.mark_broken([layer.id])
-            return None
+        # With the lock, or a sweep that has seen it unused could delete it behind our back.
+        async with self.publishing:
+            layer = await self._metastore.layer(diff_id, format)
+            if layer is None or layer.state is not LayerState.READY or not await self._is_whole(layer):
+                return None
+            self._touch(layer)
         return layer
 
-    def _contradiction(self, layer: Layer) -> str:
-        return self._store.contradiction(layer.diff_id, layer.format, layer.root_hash, layer.file_size_bytes)
+    async def _is_whole(self, layer: Layer) -> bool:
+        why = await asyncio.to_thread(self._store.contradiction, layer)
+        if why:
+            self._log.error("layer file is broken, building it again", diff_id=layer.diff_id, reason=why)
+            await self._metastore.mark_broken([layer.id])
+        return not why
 
     async def _build(self, blob: Blob, compression: str, format: str, caller: Caller) -> Layer:
         async with self._slots:
@@ -132,7 +181,7 @@ class Builder:
                 layer = await asyncio.wait_for(self._build_now(blob, compression, format, caller), self._timeout)
                 result = "ok"
             except TimeoutError:
-                raise translate(BlockdevError(f"layer {blob.digest}: build took over {self._timeout} s")) from None
+                raise DeadlineExceeded(f"layer {blob.digest}: the build took over {self._timeout} s") from None
             except asyncio.CancelledError:
                 result = "cancelled"
                 raise
@@ -153,7 +202,7 @@ class Builder:
 
     async def _build_now(self, blob: Blob, compression: str, format: str, caller: Caller) -> Layer:
         started = time.monotonic()
-        with self._store.staged() as staged:
+        async with self._store.staged() as staged:
             trace("build.staged")
             async with self._content.open(blob, caller) as blob_fd:
                 record = await run_build(
@@ -170,16 +219,20 @@ class Builder:
                     )
                 )
             trace("build.built")
-            async with self.publishing:
-                there = await self._metastore.layer(record.diff_id, format)
-                # The same tar came in another compression: its file is there, only the mapping is new.
-                if there is None or there.state is not LayerState.READY:
-                    await asyncio.to_thread(self._store.publish, staged, record.diff_id, format)
-                trace("build.published")
-                layer = await self._metastore.publish(record, compression, time.monotonic() - started)
-                self._touch(layer)
+            layer = await to_the_end(self._publish(staged, record, compression, time.monotonic() - started))
             trace("build.recorded")
             return layer
+
+    async def _publish(self, staged: Staged, record: BuildRecord, compression: str, seconds: float) -> Layer:
+        async with self.publishing:
+            there = await self._metastore.layer(record.diff_id, record.format)
+            # The same tar came in another compression: its file is there, only the mapping is new.
+            if there is None or there.state is not LayerState.READY or not await self._is_whole(there):
+                await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
+            trace("build.published")
+            layer = await self._metastore.publish(record, compression, seconds)
+            self._touch(layer)
+        return layer
 
     def _touch(self, layer: Layer) -> None:
         now = time.monotonic()
@@ -193,9 +246,8 @@ class Builder:
 
     async def close(self) -> None:
         """End every build; nothing of them stays."""
-        tasks = [running.task for running in self._running.values()]
-        for task in tasks:
+        self._closed = True
+        for task in self._tasks:
             task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        if self._tasks:
+            await asyncio.wait(self._tasks)

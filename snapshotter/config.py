@@ -7,7 +7,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -18,9 +18,16 @@ from snapshotter.errors import ConfigError
 
 DEFAULT_PATH: Final = Path("/etc/tardev-snapshotter/config.toml")
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?i?B)?\Z")
+# 18 digits: more than any disk has bytes.
+_SIZE: Final = re.compile(r"(\d{1,18})\s*([KMGT]?i?B)?\Z")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `([^`]*)`")
 _STATE: Final = "/var/lib/containerd"
+_SOCKET_PATH_BYTES_MAX: Final = 107  # Linux: include/uapi/linux/un.h, without the NUL at the end
+# What grpc.sock below the root needs of that.
+_ROOT_BYTES_MAX: Final = _SOCKET_PATH_BYTES_MAX - len("/grpc.sock")
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+_Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e7)]
 
 
 def parse_size(text: str) -> int:
@@ -41,14 +48,14 @@ class Containerd(_Table, frozen=True):
 
 
 class Builds(_Table, frozen=True):
-    workers: int = 2
+    workers: _Count = 2
     sharing: Literal["node", "namespace"] = "node"
-    timeout: float = 1800.0  # seconds
+    timeout: _Seconds = 1800.0
     max_layer_size: str = "64GiB"
-    max_entries: int = 4_000_000
-    max_path_length: int = 64 << 10
+    max_entries: _Count = 4_000_000
+    max_path_length: _Count = 64 << 10
     max_xattr_size: str = "256KiB"
-    max_expansion_ratio: int = 1100
+    max_expansion_ratio: _Count = 1100
     free_space_reserve: str = "512MiB"
 
     def limits(self) -> Limits:
@@ -105,8 +112,8 @@ def parse(text: str) -> Config:
     """Raises ConfigError: not TOML, a wrong type, an unknown key (with the nearest known one), a bad value."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(str(error)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
+        raise ConfigError(f"not TOML: {error}") from None
     try:
         config = msgspec.convert(data, Config)
     except msgspec.ValidationError as error:
@@ -116,18 +123,30 @@ def parse(text: str) -> Config:
 
 
 def _check(config: Config) -> None:
-    for key in ("root", "address"):
-        if not str(getattr(config, key)).startswith("/"):
+    for key, path, most in (
+        ("root", config.root, _ROOT_BYTES_MAX),
+        ("address", config.address, _SOCKET_PATH_BYTES_MAX),
+        ("containerd.address", config.containerd.address, _SOCKET_PATH_BYTES_MAX),
+        ("containerd.content", config.containerd.content, 4095),
+    ):
+        if not path.startswith("/") or "\0" in path:
             raise ConfigError(f"{key} must be an absolute path")
-    if len(config.address) > 107:
-        raise ConfigError("address is over the 107 bytes of a unix socket's path")
-    if not config.snapshotters:
-        raise ConfigError("no [snapshotters.NAME]: nothing to serve")
-    if config.builds.workers < 1 or config.builds.timeout <= 0:
-        raise ConfigError("builds.workers and builds.timeout must be positive")
-    for size in (config.cache.max_size, config.builds.free_space_reserve):
-        parse_size(size)
-    config.builds.limits()
+        if len(path.encode()) > most:
+            raise ConfigError(f"{key} is over the {most} bytes that its path may have, for a unix socket")
+    if any(char in config.root for char in ",:"):
+        raise ConfigError("root must hold no comma and no colon: overlay's mount options cannot name such a path")
+    if not config.snapshotters or "" in config.snapshotters:
+        raise ConfigError("no [snapshotters.NAME], or one without a name: nothing to serve")
+    for key, size in (
+        ("builds.max_layer_size", config.builds.max_layer_size),
+        ("builds.max_xattr_size", config.builds.max_xattr_size),
+        ("builds.free_space_reserve", config.builds.free_space_reserve),
+        ("cache.max_size", config.cache.max_size),
+    ):
+        try:
+            parse_size(size)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
     for name, chosen in config.snapshotters.items():
         if chosen.contract not in CONTRACTS:
             raise ConfigError(
@@ -146,6 +165,13 @@ def _explain(message: str, data: dict[str, Any]) -> str:
     """msgspec's message, with the path in TOML's words and the nearest known key."""
     match = _UNKNOWN.search(message)
     if not match:
+        # msgspec says [...] for a key of a dictionary: find the name that lacks or spoils something.
+        for name, value in data.get("snapshotters", {}).items() if "[...]" in message else ():
+            try:
+                msgspec.convert(value, SnapshotterName)
+            except msgspec.ValidationError:
+                message = message.replace("[...]", f".{name}")
+                break
         return message.replace("`$.", "`")
     wrong = match[1]
     path = re.search(r"at `\$\.?([^`]*)`", message)

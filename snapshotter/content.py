@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,14 @@ import grpc
 import msgspec
 
 from snapshotter.api.proto import content_pb2, content_pb2_grpc
-from snapshotter.errors import NotFound, SnapshotterError, Unavailable
+from snapshotter.errors import InvalidArgument, NotFound, SnapshotterError, Unavailable
 from snapshotter.names import ChainID, chain_id, is_digest, namespace_of
 
 # containerd's own bound for what it reads whole (core/images: "manifest too large").
 _DOCUMENT_BYTES_MAX: Final = 8 << 20
 _LAYERS_MAX: Final = 1000
-_CHAINS_MAX: Final = 200_000
-_WAITING_MANIFESTS_MAX: Final = 10_000
+_TEXT_MAX: Final = 255
+_INDEX_BYTES_MAX: Final = 64 << 20
 _CALL_SECONDS: Final = 10.0
 
 
@@ -43,6 +42,12 @@ class Caller:
     @classmethod
     def of(cls, metadata: dict[str, str], key: str) -> Caller:
         return cls(metadata.get("containerd-namespace") or namespace_of(key), metadata.get("containerd-lease", ""))
+
+    def __post_init__(self) -> None:
+        # Both go out again as gRPC metadata, which is printable ASCII; containerd's own names are narrower still.
+        for text in (self.namespace, self.lease):
+            if not text.isascii() or not text.isprintable() or len(text) > _TEXT_MAX:
+                raise InvalidArgument(f"no namespace or lease of containerd's: {text[:80]!r}")
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         lease = (("containerd-lease", self.lease),) if self.lease else ()
@@ -86,75 +91,135 @@ _decode_config = msgspec.json.Decoder(_ConfigDocument)
 
 
 class ChainIndex:
-    """Chain ID → blobs that some image of the store claims for it. Refreshed by what is new in the directory."""
+    """Chain ID → blobs that some image of the store claims for it. Follows what comes and goes in the directory.
+
+    Bounded in memory: past the bound the documents seen first are left out until others go.
+    """
 
     def __init__(self, blobs: Path) -> None:
         self._blobs = blobs
-        self._seen: set[str] = set()
-        # diff IDs by config digest; manifests' layers by the digest of a config that has not come yet
-        self._configs: OrderedDict[str, list[str]] = OrderedDict()
-        self._waiting: OrderedDict[str, list[list[_Descriptor]]] = OrderedDict()
-        self._chains: OrderedDict[ChainID, dict[str, Blob]] = OrderedDict()
+        self._seen: set[str] = set()  # names of the directory that were looked at
+        self._documents: dict[str, _Claim | tuple[str, ...]] = {}  # by name: a manifest, or a config's diff IDs
+        self._size_bytes = 0
+        self._left_out: set[str] = set()
+        self._by_config: dict[str, set[str]] = {}  # config digest → names of manifests
+        self._chains: dict[ChainID, dict[Blob, int]] = {}  # with the number of images that claim it
 
     def refresh(self) -> None:
         try:
             with os.scandir(self._blobs) as entries:
                 names = {entry.name for entry in entries}
         except FileNotFoundError:
-            return
+            names = set()
+        gone = [name for name in self._seen - names if self._forget(name)]
+        self._seen &= names
+        if gone:
+            self._seen -= self._left_out
+            self._left_out.clear()
         for name in names - self._seen:
-            document = self._read(name)
+            text = self._read(name)
+            document = _parse(text) if text is not None else None
             if document is not None:
-                self._add(f"sha256:{name}", document)
+                self._add(name, document)
         self._seen = names
 
     def blobs(self, chain: ChainID) -> tuple[Blob, ...]:
-        return tuple(self._chains.get(chain, {}).values())
+        return tuple(self._chains.get(chain, ()))
 
     def _read(self, name: str) -> bytes | None:
         with suppress(OSError):
-            fd = os.open(self._blobs / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with open(fd, "rb") as file:
+            fd = os.open(self._blobs / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
                 status = os.fstat(fd)
                 if stat.S_ISREG(status.st_mode) and status.st_size <= _DOCUMENT_BYTES_MAX:
-                    head = file.read(64)
+                    head = os.pread(fd, 64, 0)
                     if head.lstrip().startswith(b"{"):
-                        return head + file.read()
+                        return os.pread(fd, _DOCUMENT_BYTES_MAX, 0)
+            finally:
+                os.close(fd)
         return None
 
-    def _add(self, digest: str, text: bytes) -> None:
-        with suppress(msgspec.DecodeError, UnicodeError, RecursionError):
-            diff_ids = _decode_config.decode(text).rootfs.diff_ids
-            if len(diff_ids) <= _LAYERS_MAX and all(map(is_digest, diff_ids)):
-                self._configs[digest] = diff_ids
-                if len(self._configs) > _WAITING_MANIFESTS_MAX:
-                    self._configs.popitem(last=False)
-                for layers in self._waiting.pop(digest, ()):
-                    self._join(layers, diff_ids)
-            return
-        with suppress(msgspec.DecodeError, UnicodeError, RecursionError):
-            document = _decode_manifest.decode(text)
-            if document.config is None or not document.layers or len(document.layers) > _LAYERS_MAX:
-                return
-            known = self._configs.get(document.config.digest)
-            if known is not None:
-                self._join(document.layers, known)
-            else:
-                self._waiting.setdefault(document.config.digest, []).append(document.layers)
-                if len(self._waiting) > _WAITING_MANIFESTS_MAX:
-                    self._waiting.popitem(last=False)
+    def _add(self, name: str, document: _Claim | tuple[str, ...]) -> None:
+        self._documents[name] = document
+        self._size_bytes += _size_of(document)
+        if isinstance(document, _Claim):
+            self._by_config.setdefault(document.config, set()).add(name)
+        self._count(name, document, 1)
+        while self._size_bytes > _INDEX_BYTES_MAX:
+            oldest = next(iter(self._documents))
+            self._forget(oldest)
+            self._left_out.add(oldest)
 
-    def _join(self, layers: Sequence[_Descriptor], diff_ids: Sequence[str]) -> None:
-        if len(layers) != len(diff_ids):
+    def _forget(self, name: str) -> bool:
+        document = self._documents.get(name)
+        if document is None:
+            return False
+        self._count(name, document, -1)
+        del self._documents[name]
+        self._size_bytes -= _size_of(document)
+        if isinstance(document, _Claim):
+            names = self._by_config[document.config]
+            names.discard(name)
+            if not names:
+                del self._by_config[document.config]
+        return True
+
+    def _count(self, name: str, document: _Claim | tuple[str, ...], by: int) -> None:
+        """A document that comes or goes makes, or ends, the claims of the images that it completes."""
+        if isinstance(document, _Claim):
+            diff_ids = self._documents.get(document.config.removeprefix("sha256:"))
+            if isinstance(diff_ids, tuple):
+                self._claim(document, diff_ids, by)
+            return
+        for manifest in self._by_config.get(f"sha256:{name}", ()):
+            claim = self._documents[manifest]
+            assert isinstance(claim, _Claim)
+            self._claim(claim, document, by)
+
+    def _claim(self, claim: _Claim, diff_ids: tuple[str, ...], by: int) -> None:
+        if len(claim.layers) != len(diff_ids):
             return
         chain: ChainID | None = None
-        for layer, diff_id in zip(layers, diff_ids, strict=True):
+        for blob, diff_id in zip(claim.layers, diff_ids, strict=True):
             chain = chain_id(chain, diff_id)
-            if is_digest(layer.digest) and layer.size > 0:
-                blob = Blob(layer.digest, layer.size, layer.media_type)
-                self._chains.setdefault(chain, {})[f"{blob.digest} {blob.media_type} {blob.size_bytes}"] = blob
-        while len(self._chains) > _CHAINS_MAX:
-            self._chains.popitem(last=False)
+            if blob is None:
+                continue
+            blobs = self._chains.setdefault(chain, {})
+            blobs[blob] = blobs.get(blob, 0) + by
+            if not blobs[blob]:
+                del blobs[blob]
+                if not blobs:
+                    del self._chains[chain]
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A manifest: its config's digest and its layers; None where a descriptor names no blob."""
+
+    config: str
+    layers: tuple[Blob | None, ...]
+
+
+def _parse(text: bytes) -> _Claim | tuple[str, ...] | None:
+    with suppress(msgspec.DecodeError, UnicodeError, RecursionError):
+        diff_ids = _decode_config.decode(text).rootfs.diff_ids
+        return tuple(diff_ids) if len(diff_ids) <= _LAYERS_MAX and all(map(is_digest, diff_ids)) else None
+    with suppress(msgspec.DecodeError, UnicodeError, RecursionError):
+        document = _decode_manifest.decode(text)
+        if document.config and document.layers and len(document.layers) <= _LAYERS_MAX:
+            return _Claim(document.config.digest[:_TEXT_MAX], tuple(map(_blob, document.layers)))
+    return None
+
+
+def _blob(layer: _Descriptor) -> Blob | None:
+    if is_digest(layer.digest) and 0 < layer.size < 1 << 63 and len(layer.media_type) <= _TEXT_MAX:
+        return Blob(layer.digest, layer.size, layer.media_type)
+    return None
+
+
+def _size_of(document: _Claim | tuple[str, ...]) -> int:
+    """About what it costs in memory, the claims that it makes included; in bytes."""
+    return 1000 + 500 * len(document.layers if isinstance(document, _Claim) else document)
 
 
 class Content:
@@ -174,18 +239,26 @@ class Content:
     def _path(self, digest: str) -> Path:
         return self._blobs / digest.removeprefix("sha256:")
 
-    def present(self, blob: Blob) -> bool:
-        """Whether the blob is complete in the directory."""
+    def _size(self, blob: Blob) -> int | None:
+        """Of the file in the directory, where containerd puts a blob once it is complete."""
         try:
-            return self._path(blob.digest).stat().st_size == blob.size_bytes
+            return self._path(blob.digest).stat().st_size
         except OSError:
-            return False
+            return None
 
     async def candidates(self, chain: ChainID) -> tuple[Blob, ...]:
         """Complete blobs that images claim for the chain ID, in the order in which they were seen."""
         async with self._refreshing:
             await asyncio.to_thread(self._index.refresh)
-        return tuple(blob for blob in self._index.blobs(chain) if self.present(blob))
+        return tuple(blob for blob in self._index.blobs(chain) if self._size(blob) == blob.size_bytes)
+
+    def rotten(self, chain: ChainID) -> str:
+        """Of the blobs that `candidates` left out, what is wrong with one that is there; "" where none is."""
+        for blob in self._index.blobs(chain):
+            size = self._size(blob)
+            if size not in (None, blob.size_bytes):
+                return f"layer {blob.digest}: blob has {size} bytes, not {blob.size_bytes}"
+        return ""
 
     async def visible(self, blob: Blob, caller: Caller) -> bool:
         """Whether containerd shows the blob to the caller's namespace. Raises Unavailable."""

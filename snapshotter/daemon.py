@@ -18,13 +18,15 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from blockdev.errors import BlockdevError
 from snapshotter import VERSION, config, inventory, listener, log, metrics, reconcile
 from snapshotter.activation import Activation
 from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 from snapshotter.builder import Builder
 from snapshotter.config import Config
 from snapshotter.content import Content
-from snapshotter.errors import ConfigError
+from snapshotter.directories import Directories
+from snapshotter.errors import ConfigError, SnapshotterError, one_line
 from snapshotter.interceptor import Interceptor
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Metastore
@@ -75,28 +77,45 @@ async def _sweep_now_and_then(snapshots: Snapshots) -> None:
             log.get_logger().error("sweep failed", error=str(error))
 
 
+def real_path(path: str) -> Path:
+    """Without symlinks, as the kernel's mount table has it."""
+    return Path(os.path.realpath(path))
+
+
+def check_root(root: Path) -> None:
+    """Raises ConfigError for a directory that is somebody else's, or whose metadata was lost: all in it would
+    count as left over."""
+    if not (root / METADATA).exists():
+        there = [name for name in ("layers", "snapshots") if (root / name).exists()]
+        if there:
+            raise ConfigError(
+                f"root {root} holds {' and '.join(there)} but no {METADATA}: not ours, or damaged; move it away"
+            )
+
+
 async def run(settings: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError."""
     logger = log.get_logger()
-    root = Path(settings.root)
+    root = real_path(settings.root)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as at_end:
         at_end.callback(os.close, open_root(root))
+        check_root(root)
         # From here on containerd's calls wait in the socket's queue instead of failing.
-        listening = listener.bind(Path(settings.address))
-        at_end.callback(Path(settings.address).unlink, missing_ok=True)
-        at_end.callback(listening.close)
+        bound = listener.bind(Path(settings.address))
+        at_end.callback(bound.release)
         metastore = Metastore(root / METADATA)
         at_end.push_async_callback(metastore.close)
         store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
-        store.prepare()
-        (root / inventory.SNAPSHOTS).mkdir(mode=0o711, exist_ok=True)
+        directories = Directories(root)
+        at_end.callback(directories.close)
         activation = Activation(root, store)
-        activation.prepare()
-        actions = reconcile.plan(await inventory.take(root, metastore, store, activation))
-        await reconcile.apply(actions, root, metastore, store, activation)
+        for part in (store, directories, activation):
+            part.prepare()
+        actions = reconcile.plan(await inventory.take(metastore, store, directories, activation))
+        await reconcile.apply(actions, metastore, store, directories, activation)
 
         content = Content(Path(settings.containerd.content), settings.containerd.address)
         at_end.push_async_callback(content.close)
@@ -112,10 +131,11 @@ async def run(settings: Config) -> None:
         at_end.push_async_callback(builder.close)
         names = {name: Named(chosen.contract, chosen.format) for name, chosen in settings.snapshotters.items()}
         snapshots = Snapshots(
-            root, names, metastore, store, builder, content, activation,
+            names, metastore, store, directories, builder, content, activation,
             cache_bytes=config.parse_size(settings.cache.max_size),
         )  # fmt: skip
         at_end.push_async_callback(snapshots.close)
+        await snapshots.resume()
 
         inner = root / "grpc.sock"
         server = grpc.aio.server(interceptors=[Interceptor(settings.builds.timeout)])
@@ -127,7 +147,7 @@ async def run(settings: Config) -> None:
             inner.unlink()
         server.add_insecure_port(f"unix:{inner}")
         await server.start()
-        public = listener.Listener(listening, inner)
+        public = listener.Listener(bound.socket, inner)
         at_end.push_async_callback(public.close)
         at_end.push_async_callback(server.stop, _GRACE_SECONDS)
         for service in _SERVICES:
@@ -157,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.geteuid() != 0:
             raise ConfigError("must run as root: it mounts layers and serves containerd")
         asyncio.run(run(settings))
-    except ConfigError as error:
-        sys.stderr.write(f"tardev-snapshotter: {error}\n")
+    except (ConfigError, SnapshotterError, BlockdevError, OSError) as error:
+        sys.stderr.write(f"tardev-snapshotter: {one_line(str(error))}\n")
         sys.exit(2)
 
 

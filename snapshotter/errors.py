@@ -8,6 +8,7 @@ FAILED_PRECONDITION, and an UNIMPLEMENTED of Apply makes containerd ask the next
 from __future__ import annotations
 
 import errno
+import re
 from typing import ClassVar, Final
 
 from grpc import StatusCode
@@ -15,6 +16,7 @@ from grpc import StatusCode
 from blockdev import errors as blockdev
 
 MESSAGE_BYTES_MAX: Final = 4096
+_HALF_PERCENT: Final = re.compile(r"%2?\Z")
 
 
 class SnapshotterError(Exception):
@@ -91,11 +93,15 @@ def translate(error: Exception) -> SnapshotterError:
 
 
 def one_line(text: str) -> str:
-    """Printable ASCII in one line of at most 4096 bytes.
+    """Printable ASCII in one line, of at most 4096 bytes in the form in which gRPC sends it.
 
     A lone surrogate, as Python makes of a file name that is not UTF-8, keeps gRPC from sending any
-    status at all, and containerd would wait for ever.
+    status at all, and containerd would wait for ever. A percent sign travels as three bytes, and a
+    trailer over the other side's limit comes out there as another error.
     """
-    plain = text.encode("ascii", "backslashreplace").decode("ascii")
+    plain = text[: MESSAGE_BYTES_MAX + 1].encode("ascii", "backslashreplace").decode("ascii")
     plain = "".join(char if " " <= char <= "~" else f"\\x{ord(char):02x}" for char in plain)
-    return plain if len(plain) <= MESSAGE_BYTES_MAX else plain[: MESSAGE_BYTES_MAX - 3] + "..."
+    sent = plain.replace("%", "%25")
+    if len(sent) <= MESSAGE_BYTES_MAX:
+        return plain
+    return _HALF_PERCENT.sub("", sent[: MESSAGE_BYTES_MAX - 3]).replace("%25", "%") + "..."

@@ -2,8 +2,9 @@
 """containerd's filter grammar (containerd: pkg/filters), for List.
 
     filter    = condition *("," condition)               all must hold
-    condition = path [("==" / "!=" / "~=") value]        alone: present and not empty
+    condition = path [("==" / "!=" / "~=") value]        alone: present
     path      = field *("." field), a field bare or quoted
+    value     = bare or quoted; after "~=", an RE2 expression, also between slashes or bars
 A request's filters are alternatives.
 """
 
@@ -14,13 +15,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import re2
+
 from snapshotter.errors import InvalidArgument
 
-_BARE: Final = re.compile(r"[A-Za-z0-9_]+")
-_VALUE: Final = re.compile(r"[^,\s\"]+")
-_QUOTED: Final = re.compile(r'"((?:[^"\\]|\\.)*)"|/((?:[^/\\]|\\.)*)/|\|((?:[^|\\]|\\.)*)\|', re.DOTALL)
-_ESCAPE: Final = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|.)", re.DOTALL)
-_PLAIN: Final = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
+_BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
+# A value begins with nothing that means something by itself.
+_VALUE: Final = re.compile(r"[^,.=!~\s\"/|][^,\s]*")
+_QUOTED: Final = {
+    quote: re.compile(rf"{re.escape(quote)}((?:[^{re.escape(quote)}\\\n]|\\.)*){re.escape(quote)}") for quote in '"/|'
+}
+# Go's escapes and no others (strconv.UnquoteChar).
+_ESCAPE: Final = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-3][0-7]{2})|(.))", re.DOTALL
+)
+_PLAIN: Final = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\\": "\\"}
 _TEXT_BYTES_MAX: Final = 64 << 10
 
 
@@ -32,9 +41,9 @@ class Subject:
     labels: Mapping[str, str]
 
     def value(self, path: tuple[str, ...]) -> str | None:
-        """None where the field is absent."""
+        """None where the field is absent; a parent is there, if an empty one."""
         if len(path) == 1 and path[0] in ("name", "parent", "kind"):
-            return str(getattr(self, path[0])) or None
+            return str(getattr(self, path[0]))
         if len(path) > 1 and path[0] == "labels":
             return self.labels.get(".".join(path[1:]))
         return None
@@ -45,7 +54,7 @@ Predicate = Callable[[Subject], bool]
 
 def compile_filters(filters: Iterable[str]) -> Predicate:
     """Raises InvalidArgument, naming the filter and the place."""
-    alternatives = [_Parser(text).filter() for text in filters if text]
+    alternatives = [_Parser(text).filter() if text else [] for text in filters]
     if not alternatives:
         return lambda subject: True
     return lambda subject: any(all(holds(subject) for holds in conditions) for conditions in alternatives)
@@ -70,40 +79,54 @@ class _Parser:
         while self._skip("."):
             fields.append(self._field())
         path = tuple(fields)
-        for operator in ("==", "!=", "~="):
-            if self._skip(operator):
-                return self._compare(path, operator, self._value())
-        return lambda subject: bool(subject.value(path))
-
-    def _compare(self, path: tuple[str, ...], operator: str, value: str) -> Predicate:
-        if operator == "==":
-            return lambda subject: subject.value(path) == value
-        if operator == "!=":
-            return lambda subject: subject.value(path) != value
-        try:
-            pattern = re.compile(value)
-        except (re.error, RecursionError, OverflowError):
-            raise self._error("a regular expression") from None
-        return lambda subject: (found := subject.value(path)) is not None and pattern.search(found) is not None
+        if self._skip("=="):
+            wanted = self._value('"')
+            return lambda subject: subject.value(path) == wanted
+        if self._skip("!="):
+            unwanted = self._value('"')
+            return lambda subject: subject.value(path) != unwanted
+        if self._skip("~="):
+            # RE2 takes linear time, whatever the expression: Python's own could stop the whole daemon.
+            options = re2.Options()
+            options.log_errors = False
+            try:
+                pattern = re2.compile(self._value('"/|'), options)
+            except re2.error:
+                raise self._error("a regular expression") from None
+            return lambda subject: pattern.search(subject.value(path) or "") is not None
+        return lambda subject: subject.value(path) is not None
 
     def _field(self) -> str:
         self._blanks()
-        if self._text[self._at : self._at + 1] == '"':
-            return self._quoted()
-        return self._match(_BARE, "a field")
+        return self._quoted('"') if self._next() == '"' else self._match(_BARE, "a field")
 
-    def _value(self) -> str:
+    def _value(self, quotes: str) -> str:
         self._blanks()
-        if self._text[self._at : self._at + 1] in ('"', "/", "|"):
-            return self._quoted()
-        return self._match(_VALUE, "a value")
+        quote = self._next()
+        return self._quoted(quote) if quote and quote in quotes else self._match(_VALUE, "a value")
 
-    def _quoted(self) -> str:
-        match = _QUOTED.match(self._text, self._at)
+    def _next(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _quoted(self, quote: str) -> str:
+        match = _QUOTED[quote].match(self._text, self._at)
         if not match:
             raise self._error("the end of a quoted text")
+
+        def unescape(escape: re.Match[str]) -> str:
+            two, four, eight, octal, plain = escape.groups()
+            if plain is not None:
+                if plain != quote and plain not in _PLAIN:
+                    raise self._error(f"no escape \\{plain} in a quoted text")
+                return _PLAIN.get(plain, plain)
+            code = int(octal, 8) if octal else int(two or four or eight, 16)
+            if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+                raise self._error("an escape for a character")
+            return chr(code)
+
+        text = _ESCAPE.sub(unescape, match[1])
         self._at = match.end()
-        return _ESCAPE.sub(_unescape, next(group for group in match.groups() if group is not None))
+        return text
 
     def _match(self, pattern: re.Pattern[str], what: str) -> str:
         match = pattern.match(self._text, self._at)
@@ -120,17 +143,8 @@ class _Parser:
         return True
 
     def _blanks(self) -> None:
-        while self._text[self._at : self._at + 1].isspace():
+        while self._next().isspace():
             self._at += 1
 
     def _error(self, expected: str) -> InvalidArgument:
         return InvalidArgument(f"filter {self._text[:200]!r}: expected {expected} at {self._at}")
-
-
-def _unescape(match: re.Match[str]) -> str:
-    code = match[1]
-    if code[0] in "xuU" and len(code) > 1:
-        return chr(min(int(code[1:], 16), 0x10FFFF))
-    if len(code) == 3:
-        return chr(int(code, 8))
-    return _PLAIN.get(code, code)

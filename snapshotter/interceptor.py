@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 
 from snapshotter import metrics
-from snapshotter.errors import DeadlineExceeded, SnapshotterError, one_line, translate
+from snapshotter.errors import DeadlineExceeded, SnapshotterError, Unavailable, one_line, translate
 from snapshotter.log import get_logger
 
 _SECONDS: Final = 60.0
@@ -49,6 +49,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 try:
                     async with asyncio.timeout(self._bound(method)):
                         return await behaviour(request, context)
+                except asyncio.CancelledError as error:
+                    failure = _of_another(error)
+                    done.failed(failure)
                 except Exception as error:
                     failure = self._failure(error, method)
                     done.failed(failure)
@@ -64,6 +67,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                         async for message in behaviour(request, context):
                             yield message
                         return
+                except asyncio.CancelledError as error:
+                    failure = _of_another(error)
+                    done.failed(failure)
                 except Exception as error:
                     failure = self._failure(error, method)
                     done.failed(failure)
@@ -78,6 +84,15 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if known.code is grpc.StatusCode.INTERNAL:
             self._log.error("internal error", method=method, exc_info=error)
         return known
+
+
+def _of_another(error: asyncio.CancelledError) -> SnapshotterError:
+    """The status where something else than this call was cancelled: gRPC would send none, and containerd would
+    wait for ever. Raises the error where the caller has gone away."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise error
+    return Unavailable("what this call waited for was given up; try again")
 
 
 class _Call:

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
 
 from snapshotter.activation import Activation
+from snapshotter.directories import Directories
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot
-
-SNAPSHOTS: Final = "snapshots"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +20,12 @@ class Inventory:
     layer_files: frozenset[tuple[str, str]]  # (diff ID, format)
     staged: frozenset[str]
     snapshot_directories: frozenset[str]
+    whole_directories: frozenset[str]  # those of them with all their parts
     mounted: frozenset[LayerID]
     layers_in_use: frozenset[LayerID]
 
 
-async def take(root: Path, metastore: Metastore, store: LayerStore, activation: Activation) -> Inventory:
+async def take(metastore: Metastore, store: LayerStore, directories: Directories, activation: Activation) -> Inventory:
     """Raises OSError, KernelError, Internal."""
     snapshots = await metastore.snapshots()
     layers = await metastore.layers()
@@ -37,7 +35,7 @@ async def take(root: Path, metastore: Metastore, store: LayerStore, activation: 
         contradictions = {}
         for layer in layers:
             if layer.state is LayerState.READY:
-                why = store.contradiction(layer.diff_id, layer.format, layer.root_hash, layer.file_size_bytes)
+                why = store.contradiction(layer)
                 if why:
                     contradictions[layer.id] = why
         return Inventory(
@@ -46,7 +44,7 @@ async def take(root: Path, metastore: Metastore, store: LayerStore, activation: 
             contradictions,
             frozenset(store.listing()),
             frozenset(entry.name for entry in store.staging.iterdir()),
-            frozenset(entry.name for entry in (root / SNAPSHOTS).iterdir()),
+            *directories.names(),
             frozenset(activation.mounted()),
             frozenset(in_use),
         )

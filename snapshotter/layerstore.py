@@ -7,17 +7,19 @@ also a layer is for the metadata to say.
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev.errors import FormatError
-from blockdev.formats.layer_file import FORMATS, TRAILER_BYTES, Trailer
+from blockdev.formats.layer_file import FORMATS, open_layer_file
 from snapshotter.errors import ResourceExhausted
+from snapshotter.metastore import Layer
+from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 
 
@@ -46,23 +48,28 @@ class LayerStore:
     def path(self, diff_id: str, format: str) -> Path:
         return self._layers / format / diff_id.removeprefix("sha256:")
 
-    @contextmanager
-    def staged(self) -> Iterator[Staged]:
-        """What `publish` has not taken is gone at the end. Raises ResourceExhausted below the reserve."""
+    @asynccontextmanager
+    async def staged(self) -> AsyncIterator[Staged]:
+        """What `publish` has not taken is gone at the end. Raises ResourceExhausted below the reserve, OSError."""
         space = os.statvfs(self.staging)
         if space.f_bavail * space.f_frsize < self._reserve:
             raise ResourceExhausted(f"less than {self._reserve} bytes are free below {self.root}: no build is started")
         fd, name = tempfile.mkstemp(dir=self.staging)
-        try:
-            spool_fd = os.open(self.staging, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:
-                yield Staged(fd, spool_fd, Path(name))
-            finally:
-                os.close(spool_fd)
-        finally:
-            os.close(fd)
+        spool_fd = -1
+
+        def discard() -> None:
             with suppress(FileNotFoundError):
                 os.unlink(name)
+            os.close(fd)
+            if spool_fd >= 0:
+                os.close(spool_fd)
+
+        try:
+            spool_fd = os.open(self.staging, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            yield Staged(fd, spool_fd, Path(name))
+        finally:
+            # Giving back the space of a large file takes its time.
+            await to_the_end(asyncio.to_thread(discard))
 
     def publish(self, staged: Staged, diff_id: str, format: str) -> None:
         """Durable in its place when this returns; the builder has synced the content already."""
@@ -75,22 +82,23 @@ class LayerStore:
         trace("publish.renamed")
         sync_directory(target.parent)
 
-    def contradiction(self, diff_id: str, format: str, root_hash: str, file_size_bytes: int) -> str:
-        """Why the file cannot be the layer that the metadata describes; "" where it can."""
-        path = self.path(diff_id, format)
+    def contradiction(self, layer: Layer) -> str:
+        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer."""
+        path = self.path(layer.diff_id, layer.format)
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != file_size_bytes:
-                    return f"has {size} bytes, not {file_size_bytes}"
-                file.seek(size - TRAILER_BYTES)
-                trailer = Trailer.unpack(file.read(TRAILER_BYTES))
+            with path.open("rb", buffering=0) as file:
+                fd = file.fileno()
+                size = os.fstat(fd).st_size
+                if size != layer.file_size_bytes:
+                    return f"has {size} bytes, not {layer.file_size_bytes}"
+                found, _, trailer = open_layer_file(lambda offset, count: os.pread(fd, count, offset), size)
         except OSError as error:
             return error.strerror or str(error)
         except FormatError as error:
             return str(error)
-        if ("sha256:" + trailer.diff_id.hex(), trailer.root_hash.hex()) != (diff_id, root_hash):
-            return "its trailer names another layer"
+        named = (found.name, "sha256:" + trailer.diff_id.hex(), trailer.root_hash.hex())
+        if named != (layer.format, layer.diff_id, layer.root_hash):
+            return "is another layer's"
         return ""
 
     def listing(self) -> list[tuple[str, str]]:
@@ -122,12 +130,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def remove_tree(path: Path) -> None:
-    """Nothing to do where it is gone already."""
-    with suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -14,6 +14,7 @@ import socket
 import stat
 import struct
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,25 +26,62 @@ _CONNECTIONS_MAX: Final = 256
 _PIECE_BYTES: Final = 64 << 10
 
 
-def bind(path: Path) -> socket.socket:
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A listening socket and the name it has in the file system."""
+
+    socket: socket.socket
+    path: Path
+    inode: int
+
+    def release(self) -> None:
+        """Close the socket and take its name away, unless that is another's by now."""
+        self.socket.close()
+        with suppress(OSError):
+            if self.path.lstat().st_ino == self.inode:
+                self.path.unlink()
+
+
+def bind(path: Path) -> Bound:
     """Listen at `path`, in the place of a socket that nobody serves. Raises ConfigError."""
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    before = os.umask(0o177)
     try:
+        # Before the umask: others need to go through a directory like /run/containerd.
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError(f"address {path} is there and is no socket")
-            path.unlink()
-        listening.bind(str(path))
+        _clear(path)
+        before = os.umask(0o177)
+        try:
+            listening.bind(str(path))
+        finally:
+            os.umask(before)
         listening.listen(128)
         listening.setblocking(False)
-    except OSError as error:
+        return Bound(listening, path, path.lstat().st_ino)
+    except ConfigError:
+        listening.close()
+        raise
+    except (OSError, ValueError) as error:
         listening.close()
         raise ConfigError(f"address {path}: {error}") from None
-    finally:
-        os.umask(before)
-    return listening
+
+
+def _clear(path: Path) -> None:
+    """Raises ConfigError where something else than a forgotten socket is in the way."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"address {path} is there and is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        except FileNotFoundError:
+            pass
+        else:
+            raise ConfigError(f"address {path} is served by another process")
 
 
 class Listener:

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
 
 from blockdev.workers.launch import BuildRecord
-from snapshotter.errors import AlreadyExists, FailedPrecondition, Internal, InvalidArgument, NotFound
+from snapshotter.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SnapshotterError,
+)
 from snapshotter.names import ChainID
 from snapshotter.trace import trace
 
@@ -124,6 +132,11 @@ class Snapshot:
     created_ns: int
     updated_ns: int
 
+    @property
+    def has_directory(self) -> bool:
+        """Whether it has bytes of its own; a committed snapshot and a view of layers have none."""
+        return self.kind is Kind.ACTIVE or (self.kind is Kind.VIEW and not self.parent_id)
+
 
 _LAYER: Final = (
     "layers.id, diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes, file_size_bytes,"
@@ -143,8 +156,22 @@ def _layer(row: tuple[object, ...]) -> Layer:
 
 def _snapshot(row: tuple[object, ...]) -> Snapshot:
     fields = list(row)
-    fields[5], fields[6], fields[7] = Kind(str(fields[5])), bool(fields[6]), json.loads(str(fields[7]))
+    fields[5], fields[6], fields[7] = Kind(str(fields[5])), bool(fields[6]), _labels(str(fields[7]))
     return Snapshot(*fields)  # type: ignore[arg-type]
+
+
+def _labels(text: str) -> dict[str, str]:
+    """Spoilt ones are none: a row that cannot be listed would end containerd's garbage collection for ever."""
+    try:
+        return {str(key): str(value) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _translated(error: sqlite3.Error, where: str) -> SnapshotterError:
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return ResourceExhausted(f"{where}: {error}")
+    return Internal(f"{where}: {error}")
 
 
 class _Database:
@@ -193,11 +220,10 @@ class _Database:
         return _snapshot(row) if row else None
 
     def snapshots(self, snapshotter: str | None) -> list[Snapshot]:
-        # A parent's id is always the smaller one.
         rows = self.connection.execute(
             f"SELECT {_SNAPSHOT} WHERE ?1 IS NULL OR s.snapshotter = ?1 ORDER BY s.id", (snapshotter,)
         )
-        return [_snapshot(row) for row in rows]
+        return _parents_first([_snapshot(row) for row in rows])
 
     def create(
         self, snapshotter: str, key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, extraction: bool
@@ -228,17 +254,25 @@ class _Database:
         return cursor.rowcount == 1
 
     def commit(
-        self, snapshot: Snapshot, name: str, labels: Mapping[str, str], layer_id: LayerID, chain: ChainID | None
+        self,
+        snapshot: Snapshot,
+        name: str,
+        labels: Mapping[str, str],
+        layer_id: LayerID,
+        chain: ChainID | None,
+        parent_id: SnapshotID | None,
     ) -> None:
-        now = self.existing(snapshot.snapshotter, snapshot.name)
-        if now.kind is not Kind.ACTIVE or now.id != snapshot.id:
-            raise FailedPrecondition(f"snapshot {snapshot.name!r} is {now.kind}, not active")
         if self.snapshot(snapshot.snapshotter, name):
             raise AlreadyExists(f"snapshot {name!r} of {snapshot.snapshotter} exists already")
+        found = self.existing(snapshot.snapshotter, snapshot.name)
+        if found.kind is not Kind.ACTIVE or found.id != snapshot.id:
+            raise FailedPrecondition(f"snapshot {snapshot.name!r} is {found.kind}, not active")
+        now = time.time_ns()
+        # A parent that it gets only now may be younger than it: its id is no measure of the order then.
         self.connection.execute(
             "UPDATE snapshots SET name = ?, kind = ?, extraction = 0, labels = ?, layer_id = ?, chain_id = ?,"
-            " updated_ns = ? WHERE id = ?",
-            (name, Kind.COMMITTED, _json(labels), layer_id, chain, time.time_ns(), snapshot.id),
+            " parent_id = ?, created_ns = ?, updated_ns = ? WHERE id = ?",
+            (name, Kind.COMMITTED, _json(labels), layer_id, chain, parent_id, now, now, snapshot.id),
         )
 
     def remove(self, snapshotter: str, key: str) -> Snapshot:
@@ -248,6 +282,9 @@ class _Database:
             raise FailedPrecondition(f"snapshot {key!r} has children, {child[0]!r} is one")
         self.connection.execute("DELETE FROM snapshots WHERE id = ?", (snapshot.id,))
         return snapshot
+
+    def discard(self, snapshot_id: SnapshotID) -> None:
+        self.connection.execute("DELETE FROM snapshots WHERE id = ? AND kind != ?", (snapshot_id, Kind.COMMITTED))
 
     def update_labels(
         self, snapshotter: str, name: str, change: Callable[[dict[str, str]], Mapping[str, str]]
@@ -293,8 +330,10 @@ class _Database:
 
     def layers(self) -> list[Layer]:
         rows = self.connection.execute(
-            f"SELECT {_LAYER}, count(snapshots.id) FROM layers LEFT JOIN snapshots ON snapshots.layer_id = layers.id"
-            " GROUP BY layers.id ORDER BY layers.id"
+            f"SELECT {_LAYER}, count(snapshots.id) FROM layers"
+            " LEFT JOIN snapshots ON snapshots.layer_id = layers.id AND snapshots.kind = ?"
+            " GROUP BY layers.id ORDER BY layers.id",
+            (Kind.COMMITTED,),
         )
         return [_layer(row) for row in rows]
 
@@ -345,19 +384,38 @@ class _Database:
         return self.connection.execute("DELETE FROM layers WHERE id = ?", (layer_id,)).rowcount == 1
 
 
+def _parents_first(snapshots: list[Snapshot]) -> list[Snapshot]:
+    """Mostly the order of the ids is that already; a commit can give a snapshot a parent younger than itself."""
+    by_id = {snapshot.id: snapshot for snapshot in snapshots}
+    done: dict[SnapshotID, Snapshot] = {}
+    for snapshot in snapshots:
+        line: list[Snapshot] = []
+        above: Snapshot | None = snapshot
+        while above is not None and above.id not in done:
+            line.append(above)
+            above = by_id.get(above.parent_id) if above.parent_id else None
+        for member in reversed(line):
+            done[member.id] = member
+    return list(done.values())
+
+
 def _json(value: Mapping[str, object]) -> str:
     return json.dumps(dict(value), sort_keys=True)
 
 
 class Metastore:
-    """The transactions as coroutines. Every one raises Internal where SQLite fails, and what it says itself.
+    """The transactions as coroutines. Every one raises what it says itself, Internal where SQLite fails, and
+    ResourceExhausted where the disk is full.
 
     A caller that is cancelled leaves its transaction to end: it happened or it did not.
     """
 
     def __init__(self, path: Path) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metastore")
-        self._database = self._thread.submit(_Database, path, read_only=False).result()
+        try:
+            self._database = self._thread.submit(_Database, path, read_only=False).result()
+        except sqlite3.Error as error:
+            raise _translated(error, str(path)) from error
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._database.connection.close)
@@ -368,7 +426,7 @@ class Metastore:
             try:
                 return self._database.transaction(lambda: work(self._database, *arguments, **named))
             except sqlite3.Error as error:
-                raise Internal(f"metadata: {error}") from error
+                raise _translated(error, "metadata") from error
 
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, call))
 
@@ -397,14 +455,24 @@ class Metastore:
         return await self._run(_Database.set_layer, snapshot_id, layer_id)
 
     async def commit(
-        self, snapshot: Snapshot, name: str, labels: Mapping[str, str], layer_id: LayerID, chain: ChainID | None
+        self,
+        snapshot: Snapshot,
+        name: str,
+        labels: Mapping[str, str],
+        layer_id: LayerID,
+        chain: ChainID | None,
+        parent_id: SnapshotID | None,
     ) -> None:
-        """Raises NotFound, FailedPrecondition (not active), AlreadyExists (name)."""
-        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain)
+        """Raises AlreadyExists (name), NotFound, FailedPrecondition (not active)."""
+        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain, parent_id)
 
     async def remove(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound, FailedPrecondition (has children)."""
         return await self._run(_Database.remove, snapshotter, key)
+
+    async def discard(self, snapshot_id: SnapshotID) -> None:
+        """An active snapshot or view that was never answered for."""
+        await self._run(_Database.discard, snapshot_id)
 
     async def update_labels(
         self, snapshotter: str, name: str, change: Callable[[dict[str, str]], Mapping[str, str]]
@@ -452,4 +520,4 @@ def read(path: Path) -> tuple[list[Snapshot], list[Layer]]:
         finally:
             database.connection.close()
     except sqlite3.Error as error:
-        raise Internal(f"{path}: {error}") from None
+        raise _translated(error, str(path)) from None

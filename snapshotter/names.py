@@ -32,7 +32,8 @@ def namespace_of(key: str) -> str:
 
 
 def is_extraction(key: str) -> bool:
-    return last_component(key).startswith(_EXTRACT)
+    """An unpack's key; a container may be called extract-… too, but has no chain ID behind it."""
+    return last_component(key).startswith(_EXTRACT) and chain_id_of(key) is not None
 
 
 def chain_id_of(key: str) -> ChainID | None:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from snapshotter.activation import Activation
-from snapshotter.inventory import SNAPSHOTS, Inventory
-from snapshotter.layerstore import LayerStore, remove_tree
+from snapshotter.directories import Directories, remove_tree
+from snapshotter.inventory import Inventory
+from snapshotter.layerstore import LayerStore
 from snapshotter.log import get_logger
-from snapshotter.metastore import Kind, Layer, LayerState, Metastore
+from snapshotter.metastore import Layer, LayerState, Metastore, SnapshotID
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ class DeleteSnapshotDirectory:
 
 @dataclass(frozen=True, slots=True)
 class MakeSnapshotDirectory:
-    """The transaction of a Prepare came through, its directories did not."""
+    """The transaction of a Prepare came through, not all of its directories did."""
 
-    name: str
+    snapshot_id: SnapshotID
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +72,49 @@ def plan(inventory: Inventory) -> list[Action]:
         for layer in inventory.layers
         if layer.id in inventory.contradictions
     ]
-    wanted = {str(snapshot.id) for snapshot in inventory.snapshots if snapshot.kind is not Kind.COMMITTED}
+    wanted = {str(snapshot.id) for snapshot in inventory.snapshots if snapshot.has_directory}
     actions += [DeleteSnapshotDirectory(name) for name in sorted(inventory.snapshot_directories - wanted)]
-    actions += [MakeSnapshotDirectory(name) for name in sorted(wanted - inventory.snapshot_directories)]
+    actions += [
+        MakeSnapshotDirectory(snapshot.id)
+        for snapshot in inventory.snapshots
+        if snapshot.has_directory and str(snapshot.id) not in inventory.whole_directories
+    ]
     if inventory.mounted - inventory.layers_in_use:
         actions.append(ReleaseMounts())
     return actions
 
 
 async def apply(
-    actions: Sequence[Action], root: Path, metastore: Metastore, store: LayerStore, activation: Activation
+    actions: Sequence[Action],
+    metastore: Metastore,
+    store: LayerStore,
+    directories: Directories,
+    activation: Activation,
 ) -> None:
-    """Raises OSError, KernelError, Internal."""
+    """Every action that can be done; the others are logged and wait for the next time, and the daemon starts."""
     log = get_logger()
     for action in actions:
         log.info("reconcile", action=type(action).__name__, detail=str(action))
-        match action:
-            case DeleteStaged(name):
-                await asyncio.to_thread(remove_tree, store.staging / name)
-            case DeleteLayerFile(diff_id, layer_format):
-                await asyncio.to_thread(store.delete, diff_id, layer_format)
-            case Quarantine(layer, _):
-                await metastore.mark_broken([layer.id])
-                await asyncio.to_thread(store.quarantine, layer.diff_id, layer.format)
-            case DeleteSnapshotDirectory(name):
-                await asyncio.to_thread(remove_tree, root / SNAPSHOTS / name)
-            case MakeSnapshotDirectory(name):
-                await asyncio.to_thread(make_snapshot_directory, root / SNAPSHOTS / name)
-            case ReleaseMounts():
-                await activation.release_unused(metastore.layers_in_use)
+        try:
+            await _do(action, metastore, store, directories, activation)
+        except Exception as error:
+            log.error("reconcile failed", action=str(action), error=f"{type(error).__name__}: {error}")
 
 
-def make_snapshot_directory(path: Path) -> None:
-    """`fs`, with the mode that a root directory has, and overlay's `work`."""
-    path.mkdir(mode=0o700, exist_ok=True)
-    (path / "fs").mkdir(exist_ok=True)
-    (path / "fs").chmod(0o755)
-    (path / "work").mkdir(mode=0o711, exist_ok=True)
+async def _do(
+    action: Action, metastore: Metastore, store: LayerStore, directories: Directories, activation: Activation
+) -> None:
+    match action:
+        case DeleteStaged(name):
+            await asyncio.to_thread(remove_tree, store.staging / name)
+        case DeleteLayerFile(diff_id, layer_format):
+            await asyncio.to_thread(store.delete, diff_id, layer_format)
+        case Quarantine(layer, _):
+            await metastore.mark_broken([layer.id])
+            await asyncio.to_thread(store.quarantine, layer.diff_id, layer.format)
+        case DeleteSnapshotDirectory(name):
+            await directories.remove(name)
+        case MakeSnapshotDirectory(snapshot_id):
+            await asyncio.to_thread(directories.make, snapshot_id)
+        case ReleaseMounts():
+            await activation.release_unused(metastore.layers_in_use)

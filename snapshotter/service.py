@@ -81,7 +81,12 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
 
     async def Commit(self, request: Any, context: Any) -> Empty:
         await self._snapshots.commit(
-            request.snapshotter, request.name, request.key, dict(request.labels), _caller(context, request.key)
+            request.snapshotter,
+            request.name,
+            request.key,
+            request.parent,
+            dict(request.labels),
+            _caller(context, request.key),
         )
         return Empty()
 

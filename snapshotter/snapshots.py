@@ -8,50 +8,32 @@ leaves between two of these steps, `reconcile` finishes or undoes.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, TypeVar
 
-from blockdev.errors import BlockdevError
 from blockdev.formats.compression import MEDIA_TYPES
 from snapshotter import metrics
-from snapshotter.activation import Activation
+from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
+from snapshotter.candidates import Candidates
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.contracts import CONTRACTS, Mount
 from snapshotter.contracts.mount import directories_of, extraction_mounts
+from snapshotter.directories import Directories, Use
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    SnapshotterError,
     Unimplemented,
-    translate,
 )
 from snapshotter.filters import Subject, compile_filters
-from snapshotter.inventory import SNAPSHOTS
-from snapshotter.layerstore import LayerStore, remove_tree
+from snapshotter.layerstore import LayerStore
 from snapshotter.log import get_logger
-from snapshotter.metastore import Kind, Layer, Metastore, Snapshot, SnapshotID
+from snapshotter.metastore import Kind, Layer, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component
-from snapshotter.reconcile import make_snapshot_directory
+from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
-
-_T = TypeVar("_T")
-
-_POLL_SECONDS: Final = (0.05, 2.0)  # first and longest wait for a blob that is still being fetched
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """Of storage: bytes and inodes."""
-
-    size_bytes: int
-    inodes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +47,36 @@ class Named:
 class Snapshots:
     def __init__(
         self,
-        root: Path,
         names: Mapping[str, Named],
         metastore: Metastore,
         store: LayerStore,
+        directories: Directories,
         builder: Builder,
         content: Content,
         activation: Activation,
         *,
         cache_bytes: int,
     ) -> None:
-        self._directory = root / SNAPSHOTS
         self._names = names
         self._metastore, self._store, self._builder = metastore, store, builder
-        self._content, self._activation = content, activation
+        self._directories, self._activation = directories, activation
         self._cache_bytes = cache_bytes
-        self._anticipated: dict[SnapshotID, asyncio.Task[None]] = {}
-        self._background: set[asyncio.Task[Any]] = set()
+        formats = {name: named.format for name, named in names.items()}
+        self._candidates = Candidates(formats, metastore, builder, content)
+        self._background = Background()
         # Once containerd has called Apply it will again, with the very blob: nothing is left to guess.
         self._applies = False
         self._log = get_logger()
 
+    async def resume(self) -> None:
+        """What an unpacker may still be filling since before the start."""
+        for snapshot in await self._metastore.snapshots():
+            if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
+                self._expect(snapshot, Caller.of({}, snapshot.name))
+
     async def close(self) -> None:
-        for task in self._anticipated.values():
-            task.cancel()
-        # What is under way may start more in the background.
-        while tasks := [*self._anticipated.values(), *self._background]:
-            await asyncio.wait(tasks)
+        await self._candidates.close()
+        await self._background.drain()
 
     # Snapshots
 
@@ -101,9 +86,8 @@ class Snapshots:
         """Raises AlreadyExists, NotFound (parent), InvalidArgument."""
         extraction = is_extraction(key)
         snapshot, mounts = await self._create(snapshotter, key, parent, Kind.ACTIVE, labels, extraction=extraction)
-        chain = chain_id_of(key)
-        if extraction and chain is not None and not self._applies:
-            self._anticipate(snapshot, chain, caller)
+        if extraction:
+            self._expect(snapshot, caller)
         return mounts
 
     async def view(self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
@@ -119,56 +103,64 @@ class Snapshots:
         return await self._mounts(snapshot)
 
     async def commit(
-        self, snapshotter: str, name: str, key: str, labels: Mapping[str, str], caller: Caller
-    ) -> Snapshot:
-        """Raises NotFound, AlreadyExists (name), FailedPrecondition (not active; no layer; wrong chain), and
-        what the build of a layer raises that no Apply has brought."""
-        snapshot = await self._metastore.stat(self._known(snapshotter), key)
-        if snapshot.kind is not Kind.ACTIVE:
-            raise FailedPrecondition(f"snapshot {key!r} is {snapshot.kind}, not active")
+        self, snapshotter: str, name: str, key: str, parent: str, labels: Mapping[str, str], caller: Caller
+    ) -> None:
+        """Raises AlreadyExists (name), NotFound, FailedPrecondition (not active; no layer; wrong chain),
+        InvalidArgument (another parent), and what the build of a layer raises that no Apply has brought."""
         if not name:
             raise InvalidArgument("a snapshot cannot be committed without a name")
-        if await self._metastore.find(snapshotter, name):
+        # First: a caller that did not hear of its commit asks again, and its key is gone.
+        if await self._metastore.find(self._known(snapshotter), name):
             raise AlreadyExists(f"snapshot {name!r} of {snapshotter} exists already")
-        parent_chain, parent_is_chain = await self._parent_chain(snapshot)
+        snapshot = await self._metastore.stat(snapshotter, key)
+        if snapshot.kind is not Kind.ACTIVE:
+            raise FailedPrecondition(f"snapshot {key!r} is {snapshot.kind}, not active")
+        above = await self._parent_at_commit(snapshot, parent)
+        parent_chain = above.chain_id if above else None
         layer = await self._layer_of(snapshot, name, parent_chain, caller)
-        chain = chain_id(parent_chain, layer.diff_id) if parent_is_chain else None
+        # On a parent that has no chain ID, nothing has one.
+        chain = chain_id(parent_chain, layer.diff_id) if above is None or parent_chain else None
         promised = last_component(name)
         if is_digest(promised) and chain != promised:
-            raise FailedPrecondition(
-                f"layer {layer.diff_id} on {snapshot.parent or 'nothing'!r} has the chain ID {chain}, not {promised}"
-            )
+            below = repr(above.name) if above else "nothing"
+            raise FailedPrecondition(f"layer {layer.diff_id} on {below} has the chain ID {chain}, not {promised}")
         trace("commit.checked")
+        await to_the_end(self._commit(snapshot, name, labels, layer, chain, above))
 
-        async def finish() -> None:
-            await self._metastore.commit(snapshot, name, labels, layer.id, chain)
-            trace("commit.committed")
-            self._later(asyncio.to_thread(remove_tree, self._path(snapshot.id)))
+    async def _commit(
+        self,
+        snapshot: Snapshot,
+        name: str,
+        labels: Mapping[str, str],
+        layer: Layer,
+        chain: ChainID | None,
+        parent: Snapshot | None,
+    ) -> None:
+        await self._metastore.commit(snapshot, name, labels, layer.id, chain, parent.id if parent else None)
+        trace("commit.committed")
+        self._candidates.forget(snapshot.id)
+        self._background.later("directory of a committed snapshot", self._directories.remove(str(snapshot.id)))
+        if not snapshot.extraction:
+            self._background.later("unused mounts", self._release())
 
-        await self._whole(finish())
-        return snapshot
-
-    async def remove(self, snapshotter: str, key: str) -> Snapshot:
+    async def remove(self, snapshotter: str, key: str) -> None:
         """Raises NotFound, FailedPrecondition (has children)."""
         trace("remove.begun")
-        self._known(snapshotter)
-        return await self._whole(self._remove(snapshotter, key))
+        await to_the_end(self._remove(self._known(snapshotter), key))
 
-    async def _remove(self, snapshotter: str, key: str) -> Snapshot:
+    async def _remove(self, snapshotter: str, key: str) -> None:
         snapshot = await self._metastore.remove(snapshotter, key)
         trace("remove.removed")
-        self._stop_anticipating(snapshot.id)
+        self._candidates.forget(snapshot.id)
         if snapshot.kind is Kind.COMMITTED:
-            return snapshot
-        # A view of layers has no directory, which is as well.
-        self._later(asyncio.to_thread(remove_tree, self._path(snapshot.id)))
+            return
+        self._background.later("directory of a removed snapshot", self._directories.remove(str(snapshot.id)))
         if not snapshot.extraction:
             try:
-                await self._activation.release_unused(self._metastore.layers_in_use)
-            except BlockdevError as error:
+                await self._release()
+            except Exception as error:
                 # The snapshot is gone; the mount goes with the next removal or start.
-                self._log.error("a layer stays mounted", key=key, error=str(error))
-        return snapshot
+                self._log.error("a layer stays mounted", key=key, error=f"{type(error).__name__}: {error}")
 
     async def stat(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound."""
@@ -185,10 +177,7 @@ class Snapshots:
                 return labels
             for path in paths:
                 label = path.removeprefix("labels.")
-                if label in labels:
-                    old[label] = labels[label]
-                else:
-                    old.pop(label, None)
+                old[label] = labels.get(label, "")
             return old
 
         return await self._metastore.update_labels(self._known(snapshotter), name, change)
@@ -208,7 +197,7 @@ class Snapshots:
         if snapshot.kind is Kind.COMMITTED:
             layer = await self._metastore.layer_by_id(snapshot.layer_id) if snapshot.layer_id else None
             return Use(layer.file_size_bytes, layer.entries) if layer else Use(0, 0)
-        return await asyncio.to_thread(_directory_use, self._path(snapshot.id) / "fs")
+        return await self._directories.use(snapshot.id)
 
     async def cleanup(self, snapshotter: str) -> None:
         """Delete layers that nothing refers to, oldest first, as far as the cache is over its size."""
@@ -221,14 +210,18 @@ class Snapshots:
         for layer in unused:
             if spare <= 0:
                 break
-            async with self._builder.publishing:
-                if layer.id in self._builder.recent() or not await self._metastore.delete_layer(layer.id):
-                    continue
-                trace("sweep.deleted")
-                await asyncio.to_thread(self._store.delete, layer.diff_id, layer.format)
-            spare -= layer.file_size_bytes
-            metrics.LAYERS_DELETED.inc()
-            self._log.info("layer deleted", diff_id=layer.diff_id, format=layer.format)
+            if await to_the_end(self._delete(layer)):
+                spare -= layer.file_size_bytes
+
+    async def _delete(self, layer: Layer) -> bool:
+        async with self._builder.publishing:
+            if layer.id in self._builder.recent() or not await self._metastore.delete_layer(layer.id):
+                return False
+            trace("sweep.deleted")
+            await asyncio.to_thread(self._store.delete, layer.diff_id, layer.format)
+        metrics.LAYERS_DELETED.inc()
+        self._log.info("layer deleted", diff_id=layer.diff_id, format=layer.format)
+        return True
 
     # Diff
 
@@ -239,16 +232,16 @@ class Snapshots:
             raise Unimplemented("these mounts are not of this snapshotter")
         snapshot = await self._metastore.by_id(snapshot_id)
         if snapshot is None or snapshot.kind is not Kind.ACTIVE:
-            raise NotFound(f"no active snapshot has the directory {self._path(snapshot_id)}")
+            raise NotFound(f"no active snapshot has the directory {self._directories.filled(snapshot_id)}")
         named = self._names.get(snapshot.snapshotter)
         if named is None:
             raise FailedPrecondition(f"snapshotter {snapshot.snapshotter!r} is no longer configured")
         if blob.media_type not in MEDIA_TYPES and not snapshot.extraction:
             raise Unimplemented(f"media type {blob.media_type!r} is no layer's")
-        if snapshot.layer_id is None and await asyncio.to_thread(_has_entries, self._path(snapshot_id) / "fs"):
+        if snapshot.layer_id is None and not await self._directories.is_empty(snapshot_id):
             raise Unimplemented(f"snapshot {snapshot.name!r} holds changes already")
         self._applies = True
-        self._stop_anticipating(snapshot_id)
+        self._candidates.stop(snapshot_id)
         layer = await self._builder.build(blob, named.format, caller)
         if snapshot.layer_id not in (None, layer.id):
             raise FailedPrecondition(f"snapshot {snapshot.name!r} has another layer already")
@@ -259,12 +252,7 @@ class Snapshots:
         return layer
 
     def _ours(self, mounts: Sequence[Mount]) -> SnapshotID | None:
-        for directory in directories_of(mounts):
-            path = Path(os.path.normpath(directory))
-            number = path.parent.name
-            if path.name == "fs" and path.parent.parent == self._directory and number.isascii() and number.isdigit():
-                return SnapshotID(int(number))
-        return None
+        return next(filter(None, map(self._directories.owner, directories_of(mounts))), None)
 
     # Parts
 
@@ -273,8 +261,13 @@ class Snapshots:
             raise InvalidArgument(f"snapshotter {snapshotter!r} is not configured; there are: {', '.join(self._names)}")
         return snapshotter
 
-    def _path(self, snapshot_id: SnapshotID) -> Path:
-        return self._directory / str(snapshot_id)
+    def _expect(self, snapshot: Snapshot, caller: Caller) -> None:
+        chain = chain_id_of(snapshot.name)
+        if chain is not None and not self._applies:
+            self._candidates.build_early(snapshot, chain, caller)
+
+    async def _release(self) -> None:
+        await self._activation.release_unused(self._metastore.layers_in_use)
 
     async def _create(
         self, snapshotter: str, key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, extraction: bool
@@ -286,146 +279,79 @@ class Snapshots:
         )
         trace("prepare.created")
         try:
-            if kind is Kind.ACTIVE or not parent:
-                await asyncio.to_thread(make_snapshot_directory, self._path(snapshot.id))
+            if snapshot.has_directory:
+                await to_the_end(asyncio.to_thread(self._directories.make, snapshot.id))
             return snapshot, await self._mounts(snapshot)
         except BaseException:
-            with suppress(SnapshotterError):
-                await self._metastore.remove(snapshotter, key)
-            self._later(asyncio.to_thread(remove_tree, self._path(snapshot.id)))
+            await to_the_end(self._undo(snapshot))
             raise
 
-    async def _mounts(self, snapshot: Snapshot) -> list[Mount]:
-        directory = self._path(snapshot.id)
-        if snapshot.extraction:
-            return extraction_mounts(directory / "fs")
-        contract = CONTRACTS[self._names[snapshot.snapshotter].contract]
-        layers = await self._metastore.chain(snapshot.parent_id) if snapshot.parent_id else []
-        lowers: list[Path] = []
-        if contract.ACTIVATES and layers:
-            lowers = await self._activation.ensure(layers)
-        if snapshot.kind is Kind.VIEW:
-            return contract.container_mounts(lowers or [directory / "fs"], None, None)
-        return contract.container_mounts(lowers, directory / "fs", directory / "work")
+    async def _undo(self, snapshot: Snapshot) -> None:
+        """Of one that was not answered for. What fails here is for the next start."""
+        try:
+            await self._metastore.discard(snapshot.id)
+            await self._directories.remove(str(snapshot.id))
+            await self._release()
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            self._log.error("a failed prepare left something", key=snapshot.name, error=what)
 
-    async def _parent_chain(self, snapshot: Snapshot) -> tuple[ChainID | None, bool]:
-        """The parent's chain ID, and whether what stands on it has one: on a parent without, nothing has."""
-        if not snapshot.parent_id:
-            return None, True
-        parent = await self._metastore.by_id(snapshot.parent_id)
-        chain = parent.chain_id if parent else None
-        return chain, chain is not None
+    async def _mounts(self, snapshot: Snapshot) -> list[Mount]:
+        filled, work = self._directories.filled(snapshot.id), self._directories.work(snapshot.id)
+        if snapshot.extraction:
+            return extraction_mounts(filled)
+        contract = CONTRACTS[self._names[snapshot.snapshotter].contract]
+
+        async def layers() -> list[Layer]:
+            """Raises NotFound where a removal came first: what is mounted for nobody, nobody would release."""
+            if await self._metastore.by_id(snapshot.id) is None:
+                raise NotFound(f"snapshot {snapshot.name!r} was removed")
+            return await self._metastore.chain(snapshot.parent_id)
+
+        try:
+            lowers = await self._activation.ensure(layers) if contract.ACTIVATES and snapshot.parent_id else []
+        except BrokenLayer as error:
+            await self._metastore.mark_broken([error.layer.id])
+            raise
+        if snapshot.kind is Kind.VIEW:
+            return contract.container_mounts(lowers or [filled], None, None)
+        return contract.container_mounts(lowers, filled, work)
+
+    async def _parent_at_commit(self, snapshot: Snapshot, parent: str) -> Snapshot | None:
+        """Its own, or the one that the caller names for a snapshot that was prepared without."""
+        if not parent or parent == snapshot.parent:
+            return await self._metastore.by_id(snapshot.parent_id) if snapshot.parent_id else None
+        if snapshot.parent:
+            raise InvalidArgument(f"snapshot {snapshot.name!r} has the parent {snapshot.parent!r}, not {parent!r}")
+        found = await self._metastore.stat(snapshot.snapshotter, parent)
+        if found.kind is not Kind.COMMITTED:
+            raise FailedPrecondition(f"parent {parent!r} is {found.kind}, not committed")
+        return found
 
     async def _layer_of(self, snapshot: Snapshot, name: str, parent_chain: ChainID | None, caller: Caller) -> Layer:
         if snapshot.layer_id is not None:
             layer = await self._metastore.layer_by_id(snapshot.layer_id)
             assert layer is not None  # a foreign key
+            why = await asyncio.to_thread(self._store.contradiction, layer)
+            if why:
+                await self._metastore.mark_broken([layer.id])
+            if why or layer.state is not LayerState.READY:
+                raise BrokenLayer(layer, why or "was found broken")
             return layer
         chain = chain_id_of(name)
+        if chain is None and snapshot.extraction:
+            raise FailedPrecondition(f"no layer was applied to snapshot {snapshot.name!r}, and {name!r} names none")
         if chain is None:
-            raise FailedPrecondition(
+            raise Unimplemented(
                 f"snapshot {snapshot.name!r} has no layer, and {name!r} names none:"
                 " changes of a container cannot be committed in this version"
             )
-        # The anticipated build, if there is one, is joined by asking for the same again.
-        self._stop_anticipating(snapshot.id)
-        layer = await self._from_candidates(snapshot, chain, parent_chain, caller, set())
-        if layer is None:
-            namespace = caller.namespace or "default"
+        # The early build, if there is one, is joined by asking for the same again.
+        self._candidates.stop(snapshot.id)
+        found = await self._candidates.layer(snapshot, chain, parent_chain, caller)
+        if found is None:
             raise FailedPrecondition(
                 f"no blob for chain ID {chain} is in containerd's content store; fetch it again:"
-                f" ctr -n {namespace} content fetch IMAGE, then pull or run again"
+                f" ctr -n {caller.namespace or 'default'} content fetch IMAGE, then pull or run again"
             )
-        return layer
-
-    async def _from_candidates(
-        self, snapshot: Snapshot, chain: ChainID, parent_chain: ChainID | None, caller: Caller, struck: set[Blob]
-    ) -> Layer | None:
-        """The layer that completes the chain; None where no blob of the store does. `struck` grows by what failed.
-
-        Raises the first error of a candidate, where none succeeds.
-        """
-        layer_format = self._names[snapshot.snapshotter].format
-        failure: SnapshotterError | None = None
-        for blob in await self._content.candidates(chain):
-            if blob in struck:
-                continue
-            try:
-                layer = await self._builder.build(blob, layer_format, caller)
-            except SnapshotterError as error:
-                failure = failure or error
-            else:
-                if chain_id(parent_chain, layer.diff_id) == chain:
-                    return layer
-                # Any image can list another's diff IDs beside its own blobs.
-                self._log.warning("blob is not the layer that an image claims", blob=blob.digest, chain_id=chain)
-            struck.add(blob)
-        if failure is not None:
-            raise failure
-        return None
-
-    def _anticipate(self, snapshot: Snapshot, chain: ChainID, caller: Caller) -> None:
-        task = asyncio.create_task(self._build_early(snapshot, chain, caller))
-        self._anticipated[snapshot.id] = task
-        task.add_done_callback(lambda _: self._anticipated.pop(snapshot.id, None))
-
-    async def _build_early(self, snapshot: Snapshot, chain: ChainID, caller: Caller) -> None:
-        """Without a diff plugin: build as soon as the blob is complete, for Commit to find or to join."""
-        struck: set[Blob] = set()
-        wait, longest = _POLL_SECONDS
-        try:
-            parent_chain, _ = await self._parent_chain(snapshot)
-            while True:
-                with suppress(SnapshotterError):  # Commit meets it again, and tells it
-                    if await self._from_candidates(snapshot, chain, parent_chain, caller, struck):
-                        return
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, longest)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            self._log.error("early build gave up", key=snapshot.name, error=str(translate(error)))
-
-    def _stop_anticipating(self, snapshot_id: SnapshotID) -> None:
-        task = self._anticipated.pop(snapshot_id, None)
-        if task is not None:
-            task.cancel()
-
-    async def _whole(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """To its end, although the caller may go away in the middle."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return await asyncio.shield(task)
-
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Not part of the reply: what does not get done here, the next start does."""
-
-        async def run() -> None:
-            try:
-                await work
-            except OSError as error:
-                self._log.error("left for the next start", error=str(error))
-
-        task = asyncio.create_task(run())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-def _has_entries(directory: Path) -> bool:
-    with suppress(FileNotFoundError), os.scandir(directory) as entries:
-        return any(entries)
-    return False
-
-
-def _directory_use(directory: Path) -> Use:
-    size = inodes = 0
-    seen: set[tuple[int, int]] = set()
-    for parent, _, files in os.walk(directory):
-        for path in [parent, *(os.path.join(parent, name) for name in files)]:
-            with suppress(OSError):
-                status = os.lstat(path)
-                if (status.st_dev, status.st_ino) not in seen:
-                    seen.add((status.st_dev, status.st_ino))
-                    size, inodes = size + status.st_blocks * 512, inodes + 1
-    return Use(size, inodes)
+        return found

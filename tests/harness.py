@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -270,7 +273,9 @@ class Containerd(Server):
         text = (
             f"version = {3 if modern else 2}\nroot = '{self.root}'\nstate = '{self.state}'\n"
             "disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images',"
-            " 'io.containerd.cri.v1.runtime', 'io.containerd.internal.v1.opt', 'io.containerd.nri.v1.nri']\n"
+            " 'io.containerd.cri.v1.runtime', 'io.containerd.internal.v1.opt', 'io.containerd.nri.v1.nri',"
+            # where / is no mount point, as in a chroot, this one keeps half of containerd from loading
+            " 'io.containerd.snapshotter.v1.btrfs']\n"
             f"[grpc]\naddress = '{self.address}'\n[ttrpc]\naddress = '{self.address}.ttrpc'\n"
             f"[proxy_plugins.{SNAPSHOTTER}]\ntype = 'snapshot'\naddress = '{self.daemon_address}'\n"
         )
@@ -397,6 +402,48 @@ def erofs_tool(name: str, *arguments: str | Path, check: bool = True) -> str:
     loader = EROFS_UTILS / "usr/lib64/ld-linux-x86-64.so.2"
     libraries = f"{EROFS_UTILS}/usr/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu"
     return run(loader, "--library-path", libraries, EROFS_UTILS / "usr/bin" / name, *arguments, check=check)
+
+
+def oci_archive(
+    target: Path, reference: str, layers: Sequence[bytes | Path], media_type: str, diff_ids: Sequence[str]
+) -> str:
+    """An image whose config promises `diff_ids`, whatever the layers hold; the digest of its manifest."""
+    blobs: dict[str, bytes | Path] = {}
+
+    def descriptor(blob: bytes | Path, media_type: str) -> dict[str, Any]:
+        if isinstance(blob, bytes):
+            digest, size = hashlib.sha256(blob).hexdigest(), len(blob)
+        else:
+            digest, size = sha256_of(blob), blob.stat().st_size
+        blobs[digest] = blob
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": size}
+
+    rootfs = {"type": "layers", "diff_ids": list(diff_ids)}
+    config = json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs})
+    manifest_type = "application/vnd.oci.image.manifest.v1+json"
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": manifest_type,
+        "config": descriptor(config.encode(), "application/vnd.oci.image.config.v1+json"),
+        "layers": [descriptor(layer, media_type) for layer in layers],
+    }
+    top = descriptor(json.dumps(manifest).encode(), manifest_type)
+    names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": reference.rpartition(":")[2]}
+    index = json.dumps({"schemaVersion": 2, "manifests": [{**top, "annotations": names}]}).encode()
+    files = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": index}
+    with tarfile.open(target, "w") as tar:
+        for name, content in {**files, **{f"blobs/sha256/{digest}": blob for digest, blob in blobs.items()}}.items():
+            member = tarfile.TarInfo(name)
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as source:
+                member.size = source.seek(0, io.SEEK_END)
+                source.seek(0)
+                tar.addfile(member, source)
+    return str(top["digest"])
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_images(directory: Path, *names: str) -> Path:

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import json
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.golden import make_tars
-from tests.harness import ProcessFailed, wait_for
+from tests.harness import ProcessFailed, oci_archive, wait_for
 from tests.integration.conftest import Node
 from tests.integration.test_images import HELLO, promised, reference
 
@@ -24,35 +20,7 @@ LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
 def archive(path: Path, name: str, layers: list[bytes], diff_ids: list[str]) -> Path:
-    """An OCI archive whose config promises `diff_ids`, whatever `layers` hold."""
-    blobs: dict[str, bytes] = {}
-
-    def descriptor(data: bytes, media_type: str) -> dict[str, Any]:
-        digest = hashlib.sha256(data).hexdigest()
-        blobs[digest] = data
-        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
-
-    config = json.dumps(
-        {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
-    ).encode()
-    manifest = json.dumps(
-        {
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": descriptor(config, "application/vnd.oci.image.config.v1+json"),
-            "layers": [descriptor(layer, LAYER) for layer in layers],
-        }
-    ).encode()
-    top = descriptor(manifest, "application/vnd.oci.image.manifest.v1+json")
-    top["annotations"] = {"io.containerd.image.name": reference(name), "org.opencontainers.image.ref.name": "latest"}
-    index = json.dumps({"schemaVersion": 2, "manifests": [top]}).encode()
-    files = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": index}
-    files |= {f"blobs/sha256/{digest}": data for digest, data in blobs.items()}
-    with tarfile.open(path, "w") as tar:
-        for file, data in files.items():
-            member = tarfile.TarInfo(file)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    oci_archive(path, reference(name), layers, LAYER, diff_ids)
     return path
 
 
