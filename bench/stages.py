@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage of a build alone, or the whole, as a program of its own: argv STAGE and its arguments.
+
+Prints one JSON object: `seconds` of the work itself, without the interpreter's start, and what the
+stage has to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from bench.layers import MEDIA_TYPES
+from blockdev.formats.compression import Compression, decompress
+from blockdev.workers.builder import StagedFile
+from blockdev.workers.launch import BuildRequest, run_build
+from verity import veritysetup
+from verity.hasher import leaf_digests
+from verity.params import PRESETS
+
+PIECE_BYTES: Final = 1 << 20
+_PARAMS: Final = PRESETS["tar-index"]
+_COMPRESSIONS: Final = {"gzip": Compression.GZIP, "zstd": Compression.ZSTD, "plain": Compression.NONE}
+
+
+def inflate(kind: str, path: str) -> dict[str, Any]:
+    with open(path, "rb", buffering=0) as file:
+        total = sum(len(memoryview(piece)) for piece in decompress(_COMPRESSIONS[kind], file.read, PIECE_BYTES))
+    return {"bytes": total}
+
+
+def _pieces(path: str, work: Callable[[memoryview], object]) -> dict[str, Any]:
+    """Reading the tar from the page cache is part of it: each stage of a build reads from a buffer, too."""
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    total = 0
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            work(buffer[:size])
+            total += size
+    return {"bytes": total}
+
+
+def sha256(path: str) -> dict[str, Any]:
+    return _pieces(path, hashlib.sha256().update)
+
+
+def leaves(path: str) -> dict[str, Any]:
+    block = _PARAMS.data_block_bytes
+    return _pieces(path, lambda view: leaf_digests(view[: len(view) - len(view) % block], _PARAMS))
+
+
+def write(size: str, directory: str) -> dict[str, Any]:
+    """As many bytes as the layer file has, with the builder's own way of writing, and fsync."""
+    piece = os.urandom(PIECE_BYTES)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        staged = StagedFile(file.fileno())
+        left = int(size)
+        while left:
+            staged.write(piece[:left])
+            left -= min(left, PIECE_BYTES)
+        staged.sync()
+    return {"bytes": int(size)}
+
+
+def build(kind: str, path: str, directory: str) -> dict[str, Any]:
+    """The whole, as the daemon does it."""
+    with (
+        open(path, "rb", buffering=0) as blob,
+        tempfile.TemporaryFile(dir=directory) as staged,
+        tempfile.TemporaryFile(dir=directory) as spool,
+    ):
+        record = asyncio.run(
+            run_build(
+                BuildRequest(
+                    blob_fd=blob.fileno(),
+                    staged_fd=staged.fileno(),
+                    spool_fd=spool.fileno(),
+                    format="tar-index",
+                    media_type=MEDIA_TYPES[kind],
+                    layer_name=path,
+                    expected_size_bytes=os.path.getsize(path),
+                )
+            )
+        )
+    return {
+        "root_hash": record.root_hash,
+        "entries": record.entries,
+        "file_size_bytes": record.file_size_bytes,
+        "data_size_bytes": record.data_size_bytes,
+        "usage": record.usage,
+    }
+
+
+def veritysetup_format(path: str, data_size: str, directory: str) -> dict[str, Any]:
+    """Hash tree alone, over the layer's data area."""
+    with tempfile.NamedTemporaryFile(dir=directory) as tree:
+        root = veritysetup.format_tree(path, tree.name, _PARAMS, int(data_size) // _PARAMS.data_block_bytes)
+        os.fsync(tree.fileno())
+    return {"root_hash": root.hex()}
+
+
+STAGES: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "inflate": inflate,
+    "sha256": sha256,
+    "leaves": leaves,
+    "write": write,
+    "build": build,
+    "veritysetup": veritysetup_format,
+}
+
+
+def main() -> None:
+    stage, *arguments = sys.argv[1:]
+    started = time.monotonic()
+    result = STAGES[stage](*arguments)
+    print(json.dumps({"seconds": time.monotonic() - started, **result}))
+
+
+if __name__ == "__main__":
+    main()
