@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage of a build alone, or the whole, as a program of its own: argv STAGE and its arguments.
 
-Prints one JSON object: `seconds` of the work itself, without the interpreter's start, and what the
-stage has to say.
+Prints one JSON object: `seconds` of the work itself, without the interpreter's start and without giving
+back what temporary files hold, and what the stage has to say.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ from verity.params import PRESETS
 PIECE_BYTES: Final = 1 << 20
 _PARAMS: Final = PRESETS["tar-index"]
 _COMPRESSIONS: Final = {"gzip": Compression.GZIP, "zstd": Compression.ZSTD, "plain": Compression.NONE}
+
+
+_started = 0.0
+
+
+def _elapsed() -> float:
+    return time.monotonic() - _started
 
 
 def inflate(kind: str, path: str) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def write(size: str, directory: str) -> dict[str, Any]:
             staged.write(piece[:left])
             left -= min(left, PIECE_BYTES)
         staged.sync()
-    return {"bytes": int(size)}
+        return {"bytes": int(size), "seconds": _elapsed()}
 
 
 def build(kind: str, path: str, directory: str) -> dict[str, Any]:
@@ -89,7 +96,9 @@ def build(kind: str, path: str, directory: str) -> dict[str, Any]:
                 )
             )
         )
+        seconds = _elapsed()
     return {
+        "seconds": seconds,
         "root_hash": record.root_hash,
         "entries": record.entries,
         "file_size_bytes": record.file_size_bytes,
@@ -103,7 +112,7 @@ def veritysetup_format(path: str, data_size: str, directory: str) -> dict[str, A
     with tempfile.NamedTemporaryFile(dir=directory) as tree:
         root = veritysetup.format_tree(path, tree.name, _PARAMS, int(data_size) // _PARAMS.data_block_bytes)
         os.fsync(tree.fileno())
-    return {"root_hash": root.hex()}
+        return {"root_hash": root.hex(), "seconds": _elapsed()}
 
 
 STAGES: Final[dict[str, Callable[..., dict[str, Any]]]] = {
@@ -118,9 +127,10 @@ STAGES: Final[dict[str, Callable[..., dict[str, Any]]]] = {
 
 def main() -> None:
     stage, *arguments = sys.argv[1:]
-    started = time.monotonic()
+    global _started
+    _started = time.monotonic()
     result = STAGES[stage](*arguments)
-    print(json.dumps({"seconds": time.monotonic() - started, **result}))
+    print(json.dumps({"seconds": _elapsed(), **result}))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable
@@ -18,16 +18,14 @@ from blockdev.workers.pipeline import Pipeline
 from verity.buffers import Buffer
 from verity.hasher import LeafStore
 
-_PIECES: Final = 8
+_PIECES: Final = 16
 _PUMPED_PIECES: Final = 4
 # Beside the file tree: interpreter, buffers, and the stacks and arenas of its threads, mostly never touched.
 _ADDRESS_SPACE_BYTES: Final = 3 << 30
 # The scanner computes in Python between calls of the others into C: they would wait 5 ms for their turn.
 _SWITCH_SECONDS: Final = 0.0002
 _LEAVES_IN_MEMORY_BYTES: Final = 8 << 20
-# Dirty pages go to the disk this far behind the writing, so that the fsync at the end finds little to do.
-_WRITE_BACK_BYTES: Final = 32 << 20
-_SYNC_FILE_RANGE_WRITE: Final = 2  # Linux: include/uapi/linux/fs.h
+_SYNCED_AT_ONCE_BYTES: Final = 64 << 20
 
 
 class _Hash(Protocol):
@@ -36,12 +34,19 @@ class _Hash(Protocol):
 
 
 class StagedFile:
-    """Sequential writes to a descriptor, with early write-back."""
+    """Sequential writes to a descriptor, synced piece by piece on a thread of its own.
+
+    So the disk writes, and flushes its cache, while the build still computes: at the end little is
+    left to wait for.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._offset = self._started = HEAD_BYTES  # the head comes last
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._offset = self._handed_over = HEAD_BYTES  # the head comes last
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._sync_early, daemon=True)
+        self._thread.start()
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data)
@@ -49,20 +54,29 @@ class StagedFile:
             written = os.pwrite(self._fd, view, self._offset)
             self._offset += written
             view = view[written:]
-        if self._offset - self._started >= _WRITE_BACK_BYTES:
-            # Advice only: what fails here is found by fsync.
-            self._libc.sync_file_range(
-                self._fd, ctypes.c_int64(self._started), ctypes.c_int64(self._offset - self._started),
-                ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
-            )  # fmt: skip
-            self._started = self._offset
+        if self._offset - self._handed_over >= _SYNCED_AT_ONCE_BYTES:
+            self._requests.put(True)
+            self._handed_over = self._offset
 
     def write_head(self, data: bytes) -> None:
         if os.pwrite(self._fd, data, 0) != len(data):
             raise OSError("short write of the head")
 
     def sync(self) -> None:
+        """All of it is on the disk when this returns. Raises OSError."""
+        self._requests.put(False)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
         os.fsync(self._fd)
+
+    def _sync_early(self) -> None:
+        while self._requests.get():
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._error = error  # the kernel tells it once (man 2 fsync): the last sync would know nothing of it
+                return
 
 
 def _fill(fd: int, view: memoryview) -> int:
