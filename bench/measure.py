@@ -32,6 +32,7 @@ class Figures:
 
 def program(*argv: str | Path) -> Figures:
     """One of bench.stages to its end, its children counted in; wall time as it says itself."""
+    os.sync()  # what the one before has left to the disk is not this one's
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.stages", *map(str, argv)],
         stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=CHECKOUT,

@@ -22,13 +22,12 @@ from __future__ import annotations
 import enum
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from blockdev.errors import FormatError, LimitExceeded, UnsupportedError
+from blockdev.errors import BlockdevError, FormatError, LimitExceeded, UnsupportedError
 from blockdev.formats.limits import Limits
 from verity.buffers import Buffer
 
@@ -175,13 +174,12 @@ def parse_pax(body: bytes) -> dict[bytes, bytes]:
     return records
 
 
-@contextmanager
-def _placed(at: int, name: bytes) -> Iterator[None]:
-    """Errors say where the header is that they are about."""
-    try:
-        yield
-    except (FormatError, UnsupportedError, LimitExceeded) as error:
-        raise type(error)(f"tar header at byte {at} ({name[:60]!r}): {error}") from None
+_REFUSALS: Final = (FormatError, UnsupportedError, LimitExceeded)
+
+
+def _placed(error: BlockdevError, at: int, name: bytes) -> BlockdevError:
+    """The same, saying where the header is that it is about."""
+    return type(error)(f"tar header at byte {at} ({name[:60]!r}): {error}")
 
 
 class TarScanner:
@@ -277,8 +275,10 @@ class TarScanner:
             self._skip = self._padding = -size % RECORD_BYTES
             self._padding_dirty = True  # nobody ever sees it: not counted
             body, self._body = bytes(self._body), bytearray()
-            with _placed(self._extension_at, b"extended header"):
+            try:
                 self._extend(kind, body)
+            except _REFUSALS as error:
+                raise _placed(error, self._extension_at, b"extended header") from None
         return position
 
     def _extend(self, kind: str, body: bytes) -> None:
@@ -303,8 +303,10 @@ class TarScanner:
             return
         if self._zero_records:
             raise FormatError(f"bytes after a single zero block, at byte {at}")
-        with _placed(at, _cut(record[:100])):
+        try:
             self._header(record, end_offset)
+        except _REFUSALS as error:
+            raise _placed(error, at, _cut(record[:100])) from None
 
     def _header(self, record: bytes, end_offset: int) -> None:
         stored = _number(record[148:156], "checksum")

@@ -22,8 +22,6 @@ _PIECES: Final = 16
 _PUMPED_PIECES: Final = 4
 # Beside the file tree: interpreter, buffers, and the stacks and arenas of its threads, mostly never touched.
 _ADDRESS_SPACE_BYTES: Final = 3 << 30
-# The scanner computes in Python between calls of the others into C: they would wait 5 ms for their turn.
-_SWITCH_SECONDS: Final = 0.0002
 _LEAVES_IN_MEMORY_BYTES: Final = 8 << 20
 _SYNCED_AT_ONCE_BYTES: Final = 64 << 20
 
@@ -214,7 +212,6 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
 def main() -> None:
     parameters = protocol.BuilderParameters.decode(sys.argv[1])
     protocol.settle(parameters.parent_pid, address_space_bytes=parameters.limits.metadata_bytes + _ADDRESS_SPACE_BYTES)
-    sys.setswitchinterval(_SWITCH_SECONDS)
     protocol.answer(1, lambda: _work(parameters))
 
 
