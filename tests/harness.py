@@ -342,7 +342,8 @@ class Containerd(Server):
             "snapshots", "--snapshotter", SNAPSHOTTER, "prepare", "--target", target, key, chain_id,
             namespace=namespace,
         )  # fmt: skip
-        run(*shlex.split(command))
+        # As containerd and runc mount: newer mount(8) hands options over one by one, of 256 bytes each at the most.
+        run(*shlex.split(command), env={**os.environ, "LIBMOUNT_FORCE_MOUNT2": "always"})
         try:
             yield target
         finally:

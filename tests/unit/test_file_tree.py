@@ -477,6 +477,12 @@ def test_a_lower_limit_of_xattrs_is_exact() -> None:
 # --- whiteouts
 
 
+def test_a_name_of_any_length_can_be_whited_out() -> None:
+    name = b"n" * 255
+    assert is_whiteout(names(file(b"d/.wh." + name))[b"d/" + name])
+    refused(file(b"d/.wh.n" + name), match="component of 260 bytes")
+
+
 def test_a_whiteout_becomes_a_device_0_0() -> None:
     found = names(directory(b"d"), file(b"d/.wh.gone", uid=5, mtime=(1, 2), xattrs={b"user.a": b"1"}))
     assert set(found) == {b"", b"d", b"d/gone"}
