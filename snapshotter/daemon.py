@@ -29,12 +29,11 @@ from snapshotter.directories import Directories
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
 from snapshotter.interceptor import Interceptor
 from snapshotter.layerstore import LayerStore
-from snapshotter.metastore import Metastore
+from snapshotter.metastore import FILE_NAME, Metastore
 from snapshotter.service import DiffService, SnapshotsService
 from snapshotter.snapshots import Named, Snapshots
 from verity.hasher import IMPLEMENTATION
 
-METADATA: Final = "metadata.db"
 _SERVICES: Final = ("", "containerd.services.snapshots.v1.Snapshots", "containerd.services.diff.v1.Diff")
 _GRACE_SECONDS: Final = 5.0
 _SWEEP_SECONDS: Final = 3600.0
@@ -85,11 +84,11 @@ def real_path(path: str) -> Path:
 def check_root(root: Path) -> None:
     """Raises ConfigError for a directory that is somebody else's, or whose metadata was lost: all in it would
     count as left over."""
-    if not (root / METADATA).exists():
+    if not (root / FILE_NAME).exists():
         there = [name for name in ("layers", "snapshots") if (root / name).exists()]
         if there:
             raise ConfigError(
-                f"root {root} holds {' and '.join(there)} but no {METADATA}: not ours, or damaged; move it away"
+                f"root {root} holds {' and '.join(there)} but no {FILE_NAME}: not ours, or damaged; move it away"
             )
 
 
@@ -106,7 +105,7 @@ async def run(settings: Config) -> None:
         # From here on containerd's calls wait in the socket's queue instead of failing.
         bound = listener.bind(Path(settings.address))
         at_end.callback(bound.release)
-        metastore = Metastore(root / METADATA)
+        metastore = Metastore(root / FILE_NAME)
         at_end.push_async_callback(metastore.close)
         store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
         directories = Directories(root)

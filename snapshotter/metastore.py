@@ -31,6 +31,8 @@ from snapshotter.errors import (
 from snapshotter.names import ChainID
 from snapshotter.trace import trace
 
+FILE_NAME: Final = "metadata.db"  # below the root
+
 SnapshotID = NewType("SnapshotID", int)
 LayerID = NewType("LayerID", int)
 

@@ -47,7 +47,7 @@ class ProcessFailed(Exception):
 
 def run(*argv: str | Path, timeout: float = 120, check: bool = True, **options: object) -> str:
     """Standard output. Raises ProcessFailed with what the program said."""
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(
         [str(arg) for arg in argv],
         capture_output=True,
         timeout=timeout,
@@ -206,7 +206,7 @@ class Daemon(Server):
     @contextlib.contextmanager
     def client(self) -> Iterator[Client]:
         with grpc.insecure_channel(f"unix:{self.address}") as channel:
-            yield Client(snapshots_pb2_grpc.SnapshotsStub(channel), diff_pb2_grpc.DiffStub(channel))  # type: ignore[no-untyped-call]
+            yield Client(snapshots_pb2_grpc.SnapshotsStub(channel), diff_pb2_grpc.DiffStub(channel))
 
     def clean_up(self) -> None:
         self.stop()

@@ -14,7 +14,7 @@ from verity.errors import VerityError
 from verity.params import DIGEST_BYTES, Params
 
 try:
-    from verity import _leafhash
+    from verity import _leafhash as _leafhash
 except ImportError:  # the extension is optional: no compiler, or another interpreter
     _leafhash = None  # type: ignore[assignment]
 

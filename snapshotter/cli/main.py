@@ -19,7 +19,6 @@ from rich.table import Table
 from blockdev.errors import BlockdevError
 from snapshotter import config, metastore
 from snapshotter.cli import layer
-from snapshotter.daemon import METADATA
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
 from snapshotter.metastore import Layer, Snapshot
 from verity.errors import VerityError
@@ -128,7 +127,7 @@ def ls(file: LayerFile, as_json: AsJSON = False) -> None:
 def _database(path: Path | None) -> Path:
     chosen = path or (config.DEFAULT_PATH if config.DEFAULT_PATH.exists() else None)
     settings = config.load(chosen) if chosen else config.Config()
-    return Path(settings.root) / METADATA
+    return Path(settings.root) / metastore.FILE_NAME
 
 
 @app.command()

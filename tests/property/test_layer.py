@@ -374,8 +374,8 @@ def test_extended_headers_of_any_bytes(body: bytes, typ: bytes, data: st.DataObj
         )
         record = b" " + key + b"=" + body + b"\n"
         body = b"%d%s" % (len(record) + len(b"%d" % (len(record) + 2)), record)
-    extended = make_tars.hdr(b"e", typ, len(body)) + make_tars.pad(body)  # type: ignore[no-untyped-call]
-    for member in (make_tars.F(b"f", b"data"), make_tars.S(b"s", b"t"), make_tars.D(b"d")):  # type: ignore[no-untyped-call]
+    extended = make_tars.hdr(b"e", typ, len(body)) + make_tars.pad(body)
+    for member in (make_tars.F(b"f", b"data"), make_tars.S(b"s", b"t"), make_tars.D(b"d")):
         check_any_tar(extended + member)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc import StatusCode as Code
 
 from snapshotter.api.proto import diff_pb2, snapshots_pb2, types_pb2
 from tests.harness import SNAPSHOTTER, Client, Daemon
 
 pytestmark = [pytest.mark.root, pytest.mark.tool]
 
-Code = grpc.StatusCode
 OCI = "application/vnd.oci.image.layer.v1.tar"
 _keys = itertools.count()
 

@@ -28,19 +28,19 @@ FORMAT, XATTRS, MODE, SIZE, ADDRESS = (0, "H"), (2, "H"), (4, "H"), (8, "Q"), (1
 
 
 def file(name: bytes, data: bytes = b"", **fields: Any) -> bytes:
-    return bytes(make_tars.F(name, data, **fields))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.F(name, data, **fields))
 
 
 def directory(name: bytes, **fields: Any) -> bytes:
-    return bytes(make_tars.D(name, **fields))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.D(name, **fields))
 
 
 def other(name: bytes, typ: bytes, **fields: Any) -> bytes:
-    return bytes(make_tars.hdr(name, typ, **fields))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.hdr(name, typ, **fields))
 
 
 def pax(*records: tuple[bytes, bytes]) -> bytes:
-    return bytes(make_tars.PX(*records))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.PX(*records))
 
 
 def symlink(name: bytes, text: bytes) -> bytes:

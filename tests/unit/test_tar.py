@@ -20,7 +20,7 @@ LAST_SECOND = 9223372036
 
 
 def header(name: bytes = b"f", typ: bytes = b"0", size: int = 0, **fields: Any) -> bytes:
-    return bytes(make_tars.hdr(name, typ, size, **fields))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.hdr(name, typ, size, **fields))
 
 
 def file(name: bytes = b"f", data: bytes = b"", **fields: Any) -> bytes:
@@ -32,7 +32,7 @@ def padded(data: bytes) -> bytes:
 
 
 def pax(*records: tuple[bytes, bytes], typ: bytes = b"x") -> bytes:
-    return bytes(make_tars.PX(*records, typ=typ))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.PX(*records, typ=typ))
 
 
 def raw_pax(body: bytes, typ: bytes = b"x") -> bytes:
@@ -40,11 +40,11 @@ def raw_pax(body: bytes, typ: bytes = b"x") -> bytes:
 
 
 def long_name(text: bytes, typ: bytes = b"L") -> bytes:
-    return bytes(make_tars.LL(text, typ))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.LL(text, typ))
 
 
 def base256(value: int, width: int) -> bytes:
-    return bytes(make_tars.b256(value, width))  # type: ignore[no-untyped-call]
+    return bytes(make_tars.b256(value, width))
 
 
 def with_checksum(record: bytes, checksum: bytes) -> bytes:
@@ -814,13 +814,13 @@ def test_the_buffer_of_a_piece_may_be_used_again() -> None:
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_the_usual_writer_is_understood(form: int) -> None:
-    tar = make_tars.T(form)  # type: ignore[no-untyped-call]
-    tar.d("dir", uid=5, mode=0o700)  # type: ignore[no-untyped-call]
-    tar.f("dir/" + "f" * 90, b"data", mtime=77)  # type: ignore[no-untyped-call]
-    tar.s("link", "target")  # type: ignore[no-untyped-call]
-    tar.h("hard", "link")  # type: ignore[no-untyped-call]
-    tar.add("dev", tarfile.BLKTYPE, dev=(7, 9))  # type: ignore[no-untyped-call]
-    directory, data, link, hard, device = members(tar.done())  # type: ignore[no-untyped-call]
+    tar = make_tars.T(form)
+    tar.d("dir", uid=5, mode=0o700)
+    tar.f("dir/" + "f" * 90, b"data", mtime=77)
+    tar.s("link", "target")
+    tar.h("hard", "link")
+    tar.add("dev", tarfile.BLKTYPE, dev=(7, 9))
+    directory, data, link, hard, device = members(tar.done())
     assert (directory.name, directory.type, directory.uid, directory.mode) == (
         b"dir/", MemberType.DIRECTORY, 5, 0o700,
     )  # fmt: skip
