@@ -182,6 +182,13 @@ class _Database:
     def __init__(self, path: Path, *, read_only: bool) -> None:
         uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
         self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            self._open(path, read_only=read_only)
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _open(self, path: Path, *, read_only: bool) -> None:
         self.connection.execute("PRAGMA foreign_keys = ON")
         self.connection.execute("PRAGMA busy_timeout = 10000")
         if not read_only:
@@ -189,7 +196,6 @@ class _Database:
             self.connection.execute("PRAGMA synchronous = FULL")
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         if version > len(_MIGRATIONS) or (read_only and version != len(_MIGRATIONS)):
-            self.connection.close()
             raise Internal(f"{path} has schema version {version}; this program knows {len(_MIGRATIONS)}")
         for number in range(version, len(_MIGRATIONS)):
             self.connection.executescript(f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ProcessFailed, check_tree, wait_for
+from tests.harness import ProcessFailed, check_tree, host_state, wait_for
 from tests.integration.conftest import Node
 from tests.integration.test_images import UNKNOWN_PARENTS, promised, reference
 
@@ -125,6 +125,7 @@ def test_a_running_container_outlives_a_killed_daemon(node: Node, images: Path) 
 
 
 def test_workers_die_with_the_daemon(later_node: Node, images: Path, tmp_path: Path) -> None:
+    before = host_state()
     later_node.daemon.stop()
     later_node.daemon.restart({"TARDEV_TRACE_PAUSE": f"build.staged={tmp_path / 'go'}"})
     process = subprocess.Popen(
@@ -137,5 +138,4 @@ def test_workers_die_with_the_daemon(later_node: Node, images: Path, tmp_path: P
     assert process.wait(60) != 0
     later_node.daemon.restart()
     wait_for("staging is empty", lambda: not later_node.daemon.staged())
-    own = subprocess.run(["pgrep", "-f", "blockdev.workers"], capture_output=True, check=False)
-    assert not own.stdout
+    assert not [what for what in host_state() - before if "blockdev.workers" in what]
