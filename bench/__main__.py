@@ -21,7 +21,7 @@ from bench.measure import Figures
 from tests.harness import CACHE, sha256_of
 from verity.hasher import IMPLEMENTATION
 
-# Issue of the speed: how much longer than the limit a build may take; what one worker may hold in memory.
+# How much longer than the limit a build may take, and what one worker may hold in memory.
 BUILD_TO_LIMIT_MAX: Final = 1.4
 WORKER_PEAK_BYTES_MAX: Final = 150_000_000
 _DIGEST_BYTES: Final = 32
