@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from blockdev.formats.compression import MEDIA_TYPES
@@ -72,7 +73,8 @@ class Snapshots:
         """What an unpacker may still be filling since before the start."""
         for snapshot in await self._metastore.snapshots():
             if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
-                self._expect(snapshot, Caller.of({}, snapshot.name))
+                with suppress(InvalidArgument):  # a key that names no namespace of containerd's
+                    self._expect(snapshot, Caller.of({}, snapshot.name))
 
     async def close(self) -> None:
         await self._candidates.close()
