@@ -10,7 +10,6 @@ BlockdevError
 ├── BuildFailed          a worker died, or the disk failed it
 │   └── NoSpace          the file system of the staged file is full
 └── KernelError          a system call refused
-    └── ToolFailed       an outside program refused, in its own words
 """
 
 from __future__ import annotations
@@ -50,9 +49,3 @@ class NoSpace(BuildFailed):
 
 class KernelError(BlockdevError):
     pass
-
-
-class ToolFailed(KernelError):
-    def __init__(self, argv: tuple[str, ...], status: int, words: str) -> None:
-        super().__init__(f"{argv[0]} ended with status {status}: {words.strip() or 'no message'}")
-        self.argv, self.status, self.words = argv, status, words

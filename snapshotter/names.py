@@ -13,7 +13,6 @@ import re
 from typing import Final, NewType
 
 ChainID = NewType("ChainID", str)  # "sha256:" and 64 hexadecimal digits
-DiffID = NewType("DiffID", str)  # the same shape
 
 _SHA256: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _EXTRACT: Final = "extract-"
