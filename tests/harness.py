@@ -358,6 +358,12 @@ class Containerd(Server):
                 for container in self.ctr("tasks", "list", "-q", namespace=namespace).split():
                     self.ctr("tasks", "delete", "--force", container, namespace=namespace)
         self.stop()
+        # A shim that was on its way out when its containerd went away stays for ever.
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                argv = (process / "cmdline").read_bytes().split(b"\0")
+                if b"containerd-shim" in argv[0] and os.fsencode(self.address) in argv:
+                    os.kill(int(process.name), signal.SIGKILL)
         unmount_below(self.directory)
 
 

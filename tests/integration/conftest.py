@@ -46,7 +46,10 @@ def a_node(directory: Path, label: str) -> Iterator[Node]:
         yield made
     finally:
         made.clean_up()
-    wait_for("nothing is left behind", lambda: not host_state() - before, 10)
+    try:
+        wait_for("nothing is left behind", lambda: not host_state() - before, 20)
+    except TimeoutError:
+        raise AssertionError(f"left behind: {sorted(host_state() - before)}") from None
 
 
 @pytest.fixture(params=["system", "later"])
