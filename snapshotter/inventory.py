@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from snapshotter.activation import Activation
 from snapshotter.directories import Directories
 from snapshotter.layerstore import LayerStore
+from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot
 
 
@@ -35,7 +36,11 @@ async def take(metastore: Metastore, store: LayerStore, directories: Directories
         contradictions = {}
         for layer in layers:
             if layer.state is LayerState.READY:
-                why = store.contradiction(layer)
+                try:
+                    why = store.contradiction(layer)
+                except OSError as error:
+                    get_logger().error("a layer file cannot be looked at", diff_id=layer.diff_id, error=str(error))
+                    continue
                 if why:
                     contradictions[layer.id] = why
         return Inventory(

@@ -83,7 +83,10 @@ class LayerStore:
         sync_directory(target.parent)
 
     def contradiction(self, layer: Layer) -> str:
-        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer."""
+        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer.
+
+        Raises OSError where it cannot be looked at: that says nothing of the file, and must cost no good layer.
+        """
         path = self.path(layer.diff_id, layer.format)
         try:
             with path.open("rb", buffering=0) as file:
@@ -92,7 +95,7 @@ class LayerStore:
                 if size != layer.file_size_bytes:
                     return f"has {size} bytes, not {layer.file_size_bytes}"
                 found, _, trailer = open_layer_file(lambda offset, count: os.pread(fd, count, offset), size)
-        except OSError as error:
+        except FileNotFoundError as error:
             return error.strerror or str(error)
         except FormatError as error:
             return str(error)
