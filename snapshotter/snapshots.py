@@ -26,6 +26,7 @@ from snapshotter.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    SnapshotterError,
     Unimplemented,
 )
 from snapshotter.filters import Subject, compile_filters
@@ -276,9 +277,14 @@ class Snapshots:
     ) -> tuple[Snapshot, list[Mount]]:
         if not key:
             raise InvalidArgument("a snapshot needs a key")
-        snapshot = await self._metastore.create(
-            self._known(snapshotter), key, parent, kind, labels, extraction=extraction
+        creating = asyncio.create_task(
+            self._metastore.create(self._known(snapshotter), key, parent, kind, labels, extraction=extraction)
         )
+        try:
+            snapshot = await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            await to_the_end(self._undo_once_made(creating))
+            raise
         trace("prepare.created")
         try:
             if snapshot.has_directory:
@@ -287,6 +293,11 @@ class Snapshots:
         except BaseException:
             await to_the_end(self._undo(snapshot))
             raise
+
+    async def _undo_once_made(self, creating: asyncio.Task[Snapshot]) -> None:
+        """The transaction of a caller that has gone away comes to its end all the same."""
+        with suppress(SnapshotterError):
+            await self._undo(await creating)
 
     async def _undo(self, snapshot: Snapshot) -> None:
         """Of one that was not answered for. What fails here is for the next start."""

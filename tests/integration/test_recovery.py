@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +161,17 @@ def test_a_directory_of_somebody_else_is_not_taken_for_a_root(daemon: Daemon) ->
     with pytest.raises(ProcessFailed, match=r"holds layers and snapshots but no metadata\.db"):
         daemon.restart()
     assert precious.exists()
+
+
+def test_a_prepare_whose_caller_has_gone_leaves_nothing(daemon: Daemon) -> None:
+    """Its transaction waits, here for another's lock, and comes through after the caller's deadline."""
+    with daemon.client() as client, contextlib.closing(sqlite3.connect(daemon.root / "metadata.db")) as other:
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        request = snapshots_pb2.PrepareSnapshotRequest(snapshotter=SNAPSHOTTER, key="default/1/gone")
+        with pytest.raises(grpc.RpcError) as caught:
+            client.snapshots.Prepare(request, timeout=0.5)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        other.execute("ROLLBACK")
+        wait_for("row and directory are gone", lambda: not daemon.tardevctl("snapshots") and not directories(daemon))
+        assert container(client, "default/1/gone", "")
