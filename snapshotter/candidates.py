@@ -42,9 +42,9 @@ class Candidates:
         known: list[Blob] = []
         unknown: list[Blob] = []
         for blob in await self._content.candidates(chain):
-            diff_id = await self._builder.mapping(blob)
             if blob in struck:
                 continue
+            diff_id = await self._builder.mapping(blob)
             if diff_id is None:
                 unknown.append(blob)
             elif chain_id(parent_chain, diff_id) == chain:
