@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from bench.layers import MEDIA_TYPES
 from blockdev.formats.compression import Compression, decompress
+from blockdev.formats.layer_file import HEAD_BYTES
 from blockdev.workers.builder import StagedFile
 from blockdev.workers.launch import BuildRequest, run_build
 from verity import veritysetup
@@ -67,7 +68,7 @@ def write(size: str, directory: str) -> dict[str, Any]:
     """As many bytes as the layer file has, with the builder's own way of writing, and fsync."""
     piece = os.urandom(PIECE_BYTES)
     with tempfile.TemporaryFile(dir=directory) as file:
-        staged = StagedFile(file.fileno())
+        staged = StagedFile(file.fileno(), HEAD_BYTES)
         left = int(size)
         while left:
             staged.write(piece[:left])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev.errors import FormatError
-from blockdev.formats.layer_file import FORMATS, open_layer_file
+from blockdev.formats.layer_file import STORED_FORMATS, open_layer_file
 from snapshotter.errors import ResourceExhausted
 from snapshotter.metastore import Layer
 from snapshotter.tasks import to_the_end
@@ -40,7 +40,11 @@ class LayerStore:
         self._reserve = reserve_bytes
 
     def prepare(self) -> None:
-        for directory in (self.staging, self._layers, *(self._layers / name for name in FORMATS)):
+        for directory in (
+            self.staging,
+            self._layers,
+            *(self._layers / name for name in STORED_FORMATS),
+        ):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_directory(self._layers)
         sync_directory(self.root)
@@ -94,13 +98,18 @@ class LayerStore:
                 size = os.fstat(fd).st_size
                 if size != layer.file_size_bytes:
                     return f"has {size} bytes, not {layer.file_size_bytes}"
-                found, _, trailer = open_layer_file(lambda offset, count: os.pread(fd, count, offset), size)
+                found = open_layer_file(lambda offset, count: os.pread(fd, count, offset), size)
         except FileNotFoundError as error:
             return error.strerror or str(error)
         except FormatError as error:
             return str(error)
-        named = (found.name, "sha256:" + trailer.diff_id.hex(), trailer.root_hash.hex())
-        if named != (layer.format, layer.diff_id, layer.root_hash):
+        named = (found.format.name, found.tar_size_bytes, found.data_size_bytes)
+        if named != (layer.format, layer.tar_size_bytes, layer.data_size_bytes):
+            return "is another layer's"
+        # Not every format says of which layer it is.
+        if found.diff_id is not None and "sha256:" + found.diff_id.hex() != layer.diff_id:
+            return "is another layer's"
+        if found.root_hash is not None and found.root_hash.hex() != layer.root_hash:
             return "is another layer's"
         return ""
 

@@ -7,15 +7,20 @@ Understands what our writer writes, nothing more: extended inodes, plain and inl
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats import erofs
-from blockdev.formats.file_tree import S_IFBLK, S_IFCHR, S_IFDIR, S_IFLNK, S_IFREG
+from blockdev.formats.entry import Entry
+from blockdev.formats.layer_file import ReadAt
 
-ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes
+S_IFLNK: Final = 0o120000
+S_IFREG: Final = 0o100000
+S_IFBLK: Final = 0o060000
+S_IFDIR: Final = 0o040000
+S_IFCHR: Final = 0o020000
 _XATTR_PREFIX: Final = {
     1: b"user.",
     2: b"system.posix_acl_access",
@@ -27,24 +32,6 @@ _DIRECTORY_BYTES_MAX: Final = 1 << 30
 _PATH_BYTES_MAX: Final = 1 << 20
 _XATTRS_CACHED_BYTES_MIN: Final = 1 << 10
 _FORMAT: Final = 0o170000
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One name. `mode` is a whole st_mode, `data_offset_bytes` that of a regular file's data in the layer file."""
-
-    path: bytes
-    nid: int
-    mode: int
-    uid: int
-    gid: int
-    size_bytes: int
-    mtime: tuple[int, int]  # seconds, nanoseconds
-    nlink: int
-    rdev: tuple[int, int]
-    link: bytes
-    data_offset_bytes: int
-    xattrs: dict[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,36 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer file: [data area][dm-verity hash tree][trailer], written front to back and hashed on the way.
+"""The layer file: [data area][dm-verity hash tree][trailer]. Its formats, the records at both ends, and opening it.
 
-`LayerWriter` is the single pass: it hands out sinks that each must see every byte of the tar in order
-(a caller with threads may run them side by side), and `finish` adds the index, the tree and the
-trailer. docs/formats.md has the bytes.
+docs/formats.md has the bytes. Nothing here is verified: see verity.verify for that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
-from blockdev.errors import FormatError, LimitExceeded
-from blockdev.formats import erofs
-from blockdev.formats.erofs_writer import MetadataWriter
-from blockdev.formats.file_tree import FileTree
-from blockdev.formats.limits import Limits
-from blockdev.formats.tar import TarScanner
+from blockdev.errors import FormatError
+from blockdev.formats import erofs, tarfs
 from verity import trailer as verity_trailer
-from verity.buffers import Buffer
-from verity.hasher import LeafStore, leaf_digests
 from verity.params import PRESETS, Params
-from verity.tree import Geometry, write_tree
+from verity.tree import Geometry
 
 ALIGNMENT_BYTES: Final = 4096
 TRAILER_BYTES: Final = 4096
-HEAD_BYTES: Final = 4096
-# Block addresses are 32 bits and the last two are kept free (Linux: EROFS_NULL_ADDR).
-_BLOCKS_MAX: Final = (1 << 32) - 2
+HEAD_BYTES: Final = 4096  # of tar-index
+ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes
 
 
 def align(value: int, unit: int) -> int:
@@ -39,14 +30,31 @@ def align(value: int, unit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A released byte layout; never changed, only joined by others."""
+    """A released byte layout; never changed, only joined by others.
+
+    `file_system`: the kernel's name of what mounts it; `block_bytes`: of that; `tar_offset_bytes`:
+    what stands in front of the tar is written last. `stored`: a node makes such files; the others
+    are only computed, to compare root hashes with those of other tools.
+    """
 
     name: str
     params: Params
+    file_system: str
     block_bytes: int
+    tar_offset_bytes: int
+    stored: bool = True
 
 
-FORMATS: Final = {"tar-index": Format("tar-index", PRESETS["tar-index"], 512)}
+FORMATS: Final = {
+    known.name: known
+    for known in (
+        Format("tar-index", PRESETS["tar-index"], "erofs", 512, HEAD_BYTES),
+        Format("tarfs", PRESETS["tarfs"], "tar", 4096, 0),
+        Format("tarfs-genpolicy", PRESETS["tarfs"], "tar", 4096, 0, stored=False),
+        Format("tarfs-genpolicy-upstream", PRESETS["tarfs"], "tar", 4096, 0, stored=False),
+    )
+}
+STORED_FORMATS: Final = tuple(name for name, known in FORMATS.items() if known.stored)
 
 
 def format_named(name: str) -> Format:
@@ -90,7 +98,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """Last 4096 bytes: for discovery and torn writes; not covered by verity, never trusted for a mount."""
+    """Last 4096 bytes of a tar-index file: for discovery and torn writes; not covered by verity, never trusted
+    for a mount."""
 
     params: Params
     data_size_bytes: int
@@ -108,7 +117,7 @@ class Trailer:
 
     @property
     def file_size_bytes(self) -> int:
-        return align(self.data_size_bytes + self.tree_size_bytes, ALIGNMENT_BYTES) + TRAILER_BYTES
+        return file_size(self.data_size_bytes, self.tree_size_bytes)
 
     def pack(self) -> bytes:
         params = self.params
@@ -116,9 +125,7 @@ class Trailer:
             self.MAGIC, 1, 1, params.data_block_bytes, params.hash_block_bytes, self.data_blocks,
             self.data_size_bytes, self.tree_size_bytes, self.levels, self.root_hash, self.diff_id,
         )  # fmt: skip
-        record = verity_trailer.pack(params.data_block_bytes, params.hash_block_bytes, self.data_blocks)
-        out = head + hashlib.sha256(head).digest()
-        return (out.ljust(TRAILER_BYTES - 512, b"\0") + record).ljust(TRAILER_BYTES, b"\0")
+        return bare_trailer(params, self.data_blocks, head + hashlib.sha256(head).digest())
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
@@ -132,10 +139,10 @@ class Trailer:
         )
         if (version, algorithm) != (1, 1):
             raise FormatError(f"trailer of version {version}, algorithm {algorithm} is not known")
-        known = {(known.params.data_block_bytes, known.params.hash_block_bytes) for known in FORMATS.values()}
-        if (data_block, hash_block) not in known:
+        params = PRESETS["tar-index"]
+        if (data_block, hash_block) != (params.data_block_bytes, params.hash_block_bytes):
             raise FormatError(f"trailer names block sizes {data_block}/{hash_block}, which no format has")
-        trailer = cls(Params(data_block, hash_block), data_size, tree, levels, root, diff_id)
+        trailer = cls(params, data_size, tree, levels, root, diff_id)
         if not blocks or trailer.pack() != raw or blocks * data_block != data_size:
             raise FormatError("trailer contradicts itself")
         return trailer
@@ -144,20 +151,90 @@ class Trailer:
 assert Trailer.LAYOUT.size == 120
 
 
-def open_layer_file(read_at: Callable[[int, int], bytes], size_bytes: int) -> tuple[Format, Identity, Trailer]:
-    """What head and trailer say, where they agree with each other and with the file's size. Nothing is verified.
+def bare_trailer(params: Params, data_blocks: int, head: bytes = b"") -> bytes:
+    """Last 4096 bytes: `head`, zeros, and the verity record in its place."""
+    record = verity_trailer.pack(params.data_block_bytes, params.hash_block_bytes, data_blocks)
+    return (head.ljust(TRAILER_BYTES - verity_trailer.FROM_END_BYTES, b"\0") + record).ljust(TRAILER_BYTES, b"\0")
 
-    `read_at`: (offset, size) in bytes → at most size bytes. Raises FormatError.
+
+def file_size(data_size_bytes: int, tree_size_bytes: int) -> int:
+    return align(data_size_bytes + tree_size_bytes, ALIGNMENT_BYTES) + TRAILER_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    name: str
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFile:
+    """What a layer file says of itself. `diff_id` and `root_hash` are its claims, None where the format has none."""
+
+    format: Format
+    geometry: Geometry
+    tar_size_bytes: int
+    index_offset_bytes: int
+    entries: int  # inodes of the index, the root included
+    diff_id: bytes | None
+    root_hash: bytes | None
+
+    @property
+    def data_size_bytes(self) -> int:
+        return self.geometry.data_size_bytes
+
+    @property
+    def file_size_bytes(self) -> int:
+        return file_size(self.data_size_bytes, self.geometry.tree_size_bytes)
+
+    def regions(self) -> Iterator[Region]:
+        """The whole file, front to back, without gaps."""
+        tar_offset = self.format.tar_offset_bytes
+        tar_end = tar_offset + self.tar_size_bytes
+        data_end = self.data_size_bytes
+        tree_end = data_end + self.geometry.tree_size_bytes
+        for name, start, end in (
+            ("head", 0, tar_offset),
+            ("tar", tar_offset, tar_end),
+            ("padding", tar_end, self.index_offset_bytes),
+            ("index", self.index_offset_bytes, data_end),
+            ("hash tree", data_end, tree_end),
+            ("padding", tree_end, self.file_size_bytes - TRAILER_BYTES),
+            ("trailer", self.file_size_bytes - TRAILER_BYTES, self.file_size_bytes),
+        ):
+            if end > start:
+                yield Region(name, start, end - start)
+
+
+def open_layer_file(read_at: ReadAt, size_bytes: int) -> LayerFile:
+    """What head, superblock and trailer say, where they agree with each other and with the file's size.
+
+    Raises FormatError. Nothing is verified.
     """
-    if size_bytes < HEAD_BYTES + TRAILER_BYTES:
+    if size_bytes < 2 * TRAILER_BYTES:
         raise FormatError(f"file of {size_bytes} bytes is no layer file")
-    trailer = Trailer.unpack(read_at(size_bytes - TRAILER_BYTES, TRAILER_BYTES))
+    trailer = read_at(size_bytes - TRAILER_BYTES, TRAILER_BYTES)
+    if trailer.startswith(Trailer.MAGIC):
+        return _open_tar_index(read_at, size_bytes, Trailer.unpack(trailer))
+    params = FORMATS["tarfs"].params
+    if len(trailer) == TRAILER_BYTES:
+        record = trailer[-verity_trailer.FROM_END_BYTES :]
+        data_block, hash_block, blocks = verity_trailer.unpack(record)
+        if (data_block, hash_block) == (params.data_block_bytes, params.hash_block_bytes):
+            if not blocks or trailer != bare_trailer(params, blocks):
+                raise FormatError("trailer has bytes that no format puts there")
+            return _open_tarfs(read_at, size_bytes, Geometry(blocks, params))
+    raise FormatError("no valid trailer: the file is incomplete or no layer file")
+
+
+def _open_tar_index(read_at: ReadAt, size_bytes: int, trailer: Trailer) -> LayerFile:
     if size_bytes != trailer.file_size_bytes:
         raise FormatError(f"file has {size_bytes} bytes, its trailer says {trailer.file_size_bytes}")
     geometry = Geometry(trailer.data_blocks, trailer.params)
     if (geometry.tree_size_bytes, len(geometry.levels)) != (trailer.tree_size_bytes, trailer.levels):
         raise FormatError("trailer names a tree of another shape than its data has")
-    layer_format = next(known for known in FORMATS.values() if known.params == trailer.params)
+    layer_format = FORMATS["tar-index"]
     head = read_at(0, HEAD_BYTES)
     identity = Identity.unpack(head)
     if identity.diff_id != trailer.diff_id:
@@ -171,153 +248,22 @@ def open_layer_file(read_at: Callable[[int, int], bytes], size_bytes: int) -> tu
         or superblock.uuid != layer_uuid(layer_format.name, identity.diff_id)
     ):
         raise FormatError("superblock is another layer's")
-    return layer_format, identity, trailer
+    return LayerFile(
+        layer_format, geometry, identity.tar_size_bytes, identity.metadata_offset_bytes, superblock.inodes,
+        identity.diff_id, trailer.root_hash,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltLayer:
-    """What a build found out; sizes in bytes, hashes raw."""
-
-    format: str
-    diff_id: bytes
-    root_hash: bytes
-    tar_size_bytes: int
-    data_size_bytes: int
-    tree_size_bytes: int
-    file_size_bytes: int
-    entries: int  # inodes of the index, the root included
-    warnings: dict[str, int] = field(default_factory=dict)
-
-
-class VerifiedWriter:
-    """A sequential sink: what passes is written once and hashed into leaf digests.
-
-    `hash` and `store` are the two halves of `write`, for a caller that runs them on two threads; each
-    must see the same bytes in the same order.
-    """
-
-    def __init__(self, write: Callable[[Buffer], object], leaves: LeafStore, params: Params) -> None:
-        self._write, self._leaves, self._params = write, leaves, params
-        self._partial = bytearray()
-        self.size_bytes = 0
-
-    def hash(self, data: Buffer) -> None:
-        view = memoryview(data)
-        block = self._params.data_block_bytes
-        if self._partial:
-            take = min(block - len(self._partial), len(view))
-            self._partial += view[:take]
-            view = view[take:]
-            if len(self._partial) < block:
-                return
-            self._leaves.append(leaf_digests(self._partial, self._params))
-            self._partial = bytearray()
-        whole = len(view) - len(view) % block
-        if whole:
-            self._leaves.append(leaf_digests(view[:whole], self._params))
-        self._partial += view[whole:]
-
-    def store(self, data: Buffer) -> None:
-        self._write(data)
-        self.size_bytes += len(memoryview(data))
-
-    def write(self, data: Buffer) -> None:
-        self.hash(data)
-        self.store(data)
-
-    def pad(self, unit: int) -> None:
-        self.write(bytes(-self.size_bytes % unit))
-
-
-class LayerWriter:
-    """One layer in the `tar-index` format.
-
-    `write` appends to the layer file behind its head, `write_head` puts the 4096 bytes of the head in
-    front (called once, last). So each byte is written once. `leaves` holds the leaf digests. Sinks
-    and `finish` raise FormatError, UnsupportedError and LimitExceeded, and what `write` and `leaves` raise.
-    """
-
-    def __init__(
-        self,
-        layer_format: Format,
-        *,
-        write: Callable[[Buffer], object],
-        write_head: Callable[[bytes], object],
-        leaves: LeafStore,
-        limits: Limits,
-    ) -> None:
-        self.format = layer_format
-        self._write_raw, self._write_head, self._leaves, self._limits = write, write_head, leaves, limits
-        self.tar_digest = hashlib.sha256()  # its hash is the diff ID
-        self._tree = FileTree(limits)
-        self._scanner = TarScanner(self._tree.add, limits)
-        self._writer = VerifiedWriter(write, leaves, layer_format.params)
-        # The head's place is taken now; its bytes, and their digests, follow last.
-        self._writer.hash(bytes(HEAD_BYTES))
-        self._writer.size_bytes = HEAD_BYTES
-
-    def sinks(self) -> tuple[Callable[[Buffer], None], ...]:
-        """Independent of each other; each sees every piece of the tar once, in order."""
-        return (self.tar_digest.update, self._writer.hash, self._store, self._scanner.feed)
-
-    def feed(self, data: Buffer) -> None:
-        for sink in self.sinks():
-            sink(data)
-
-    def _store(self, data: Buffer) -> None:
-        self._writer.store(data)
-        if self._writer.size_bytes - HEAD_BYTES > self._limits.tar_bytes:
-            raise LimitExceeded(f"layer is over the limit of {self._limits.tar_bytes} bytes")
-
-    def finish(self) -> BuiltLayer:
-        self._scanner.close()
-        params = self.format.params
-        writer = self._writer
-        tar_size = writer.size_bytes - HEAD_BYTES
-        diff_id = self.tar_digest.digest()
-        order = self._tree.finish()
-        metadata = MetadataWriter(order, self.format.block_bytes)
-        area = metadata.layout()
-        writer.pad(ALIGNMENT_BYTES)
-        metadata_offset = writer.size_bytes
-        data_size = align(metadata_offset + area.size_bytes, ALIGNMENT_BYTES)
-        if data_size // self.format.block_bytes > _BLOCKS_MAX:
-            raise LimitExceeded("layer is over the 2 TiB that 32-bit block addresses reach")
-        metadata.emit(writer.write, metadata_offset, HEAD_BYTES)
-        writer.pad(ALIGNMENT_BYTES)
-        assert writer.size_bytes == data_size, "the layout pass and the emission pass disagree"
-
-        identity = Identity(HEAD_BYTES, tar_size, metadata_offset, diff_id)
-        head = self._head(identity, area.root_nid, area.inodes, data_size)
-        self._leaves.replace(0, leaf_digests(head, params))
-        geometry = Geometry(data_size // params.data_block_bytes, params)
-        root_hash = write_tree(self._leaves, params, self._write_raw)
-        trailer = Trailer(params, data_size, geometry.tree_size_bytes, len(geometry.levels), root_hash, diff_id)
-        self._write_raw(bytes(-(data_size + geometry.tree_size_bytes) % ALIGNMENT_BYTES) + trailer.pack())
-        self._write_head(head)
-        warnings = {
-            "dropped_xattrs": self._tree.dropped_xattrs,
-            "invented_directories": self._tree.invented_directories,
-            "nonzero_padding": self._scanner.dirty_padding,
-        }
-        return BuiltLayer(
-            self.format.name, diff_id, root_hash, tar_size, data_size, geometry.tree_size_bytes,
-            trailer.file_size_bytes, area.inodes, {name: count for name, count in warnings.items() if count},
-        )  # fmt: skip
-
-    def _head(self, identity: Identity, root_nid: int, inodes: int, data_size_bytes: int) -> bytes:
-        block = self.format.block_bytes
-        superblock = erofs.Superblock(
-            block_bits=block.bit_length() - 1,
-            root_nid=root_nid,
-            inodes=inodes,
-            blocks=data_size_bytes // block,
-            meta_block=identity.metadata_offset_bytes // block,
-            uuid=layer_uuid(self.format.name, identity.diff_id),
-        ).pack()
-        covered = bytearray(superblock.ljust(block, b"\0"))
-        struct.pack_into("<I", covered, 4, erofs.crc32c(covered))
-        return (identity.pack() + bytes(covered)).ljust(HEAD_BYTES, b"\0")
+def _open_tarfs(read_at: ReadAt, size_bytes: int, geometry: Geometry) -> LayerFile:
+    """Its index starts where the tar ends, and nothing in the file names the layer or the root hash."""
+    if size_bytes != file_size(geometry.data_size_bytes, geometry.tree_size_bytes):
+        raise FormatError(f"file has {size_bytes} bytes, which its trailer's {geometry.data_blocks} blocks do not give")
+    block = tarfs.BLOCK_BYTES
+    superblock = tarfs.Superblock.unpack(read_at(geometry.data_size_bytes - block, block), geometry.data_size_bytes)
+    return LayerFile(
+        FORMATS["tarfs"], geometry, superblock.inode_table_bytes, superblock.inode_table_bytes, superblock.inodes,
+        None, None,
+    )  # fmt: skip
 
 
 def layer_uuid(format_name: str, diff_id: bytes) -> bytes:

@@ -146,7 +146,7 @@ def _pax_time(value: bytes) -> tuple[int, int]:
     return seconds, nanoseconds
 
 
-def _sum(record: bytes) -> int:
+def record_sum(record: bytes) -> int:
     """Of the bytes of one record. Adler-32's lower half is 1 + their sum, modulo 65521 (RFC 1950): exact for 256 of
     them, and ten times as fast as adding them up in Python."""
     first, second = zlib.adler32(record[:256]) & 0xFFFF, zlib.adler32(record[256:]) & 0xFFFF
@@ -182,43 +182,53 @@ def _placed(error: BlockdevError, at: int, name: bytes) -> BlockdevError:
     return type(error)(f"tar header at byte {at} ({name[:60]!r}): {error}")
 
 
-class TarScanner:
-    """Push parser: `feed` it the stream in pieces of any size, then `close` it.
+class RecordStream:
+    """A tar cut into records, bodies and data: what all readers of tars agree on.
 
-    `on_member` is called once a member's headers are complete, before its data has passed. Both
-    methods raise FormatError, UnsupportedError or LimitExceeded; the message names the member and
-    its offset. `dirty_padding` counts members whose padding is not zero.
+    `feed` it the stream in pieces of any size. A subclass gets each header in `_record`, and says
+    there what follows it: data that is stepped over (`_skip_data`) or a body that it wants to have
+    (`_want_body`, which `_body` then gets). `_ended` set: all that follows is opaque.
     """
 
-    def __init__(self, on_member: Callable[[Member], None], limits: Limits) -> None:
-        self._on_member = on_member
-        self._limits = limits
+    def __init__(self) -> None:
         self._offset = 0  # of the next byte to be fed, from the start of the tar
         self._partial = bytearray()
         self._skip = 0  # bytes of data and padding still to step over
         self._padding = 0  # how many of them, at the end, are padding
         self._padding_dirty = False  # already counted for this member
-        self._zero_records = 0
         self._ended = False
-        self._extension: tuple[str, int] | None = None
-        self._extension_at = 0  # where its header is
-        self._body = bytearray()
-        self._pax: dict[bytes, bytes] | None = None
-        self._long_name: bytes | None = None
-        self._long_link: bytes | None = None
-        self.members = 0
-        self.dirty_padding = 0
+        self._wanted: int | None = None  # bytes of the body that is collected
+        self._collected = bytearray()
+        self.dirty_padding = 0  # members whose padding is not zero
+
+    def _record(self, record: bytes, end_offset: int) -> None:
+        """One header; `end_offset`: of the byte behind it."""
+        raise NotImplementedError
+
+    def _body(self, body: bytes) -> None:
+        raise NotImplementedError
+
+    def _skip_data(self, size_bytes: int) -> None:
+        self._padding = -size_bytes % RECORD_BYTES
+        self._padding_dirty = False
+        self._skip = size_bytes + self._padding
+
+    def _want_body(self, size_bytes: int) -> None:
+        if size_bytes:
+            self._wanted = size_bytes
+        else:
+            self._body(b"")
 
     def feed(self, data: Buffer) -> None:
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:
-            if self._ended:
-                break  # two zero blocks: all that follows is opaque
             if self._skip:
                 position = self._step_over(view, position, end)
                 continue
-            if self._extension is not None:
+            if self._ended:
+                break
+            if self._wanted is not None:
                 position = self._collect(view, position, end)
                 continue
             have = len(self._partial)
@@ -244,7 +254,7 @@ class TarScanner:
         """End of stream. Raises FormatError where the tar is cut short."""
         if self._ended:
             return
-        if self._extension is not None:
+        if self._wanted is not None:
             raise FormatError(f"tar ends inside an extended header, at byte {self._offset}")
         if self._skip > self._padding:
             raise FormatError(f"tar ends inside a member's data, at byte {self._offset}")
@@ -265,21 +275,45 @@ class TarScanner:
         return position + take
 
     def _collect(self, view: memoryview, position: int, end: int) -> int:
-        assert self._extension is not None
-        kind, size = self._extension
-        take = min(size - len(self._body), end - position)
-        self._body += view[position : position + take]
+        assert self._wanted is not None
+        take = min(self._wanted - len(self._collected), end - position)
+        self._collected += view[position : position + take]
         position += take
-        if len(self._body) == size:
-            self._extension = None
-            self._skip = self._padding = -size % RECORD_BYTES
+        if len(self._collected) == self._wanted:
+            self._skip_data(self._wanted)
+            self._skip = self._padding
             self._padding_dirty = True  # nobody ever sees it: not counted
-            body, self._body = bytes(self._body), bytearray()
-            try:
-                self._extend(kind, body)
-            except _REFUSALS as error:
-                raise _placed(error, self._extension_at, b"extended header") from None
+            self._wanted = None
+            body, self._collected = bytes(self._collected), bytearray()
+            self._body(body)
         return position
+
+
+class TarScanner(RecordStream):
+    """Push parser: `feed` it the stream in pieces of any size, then `close` it.
+
+    `on_member` is called once a member's headers are complete, before its data has passed. Both
+    methods raise FormatError, UnsupportedError or LimitExceeded; the message names the member and
+    its offset.
+    """
+
+    def __init__(self, on_member: Callable[[Member], None], limits: Limits) -> None:
+        super().__init__()
+        self._on_member = on_member
+        self._limits = limits
+        self._zero_records = 0
+        self._extension = ""
+        self._extension_at = 0  # where its header is
+        self._pax: dict[bytes, bytes] | None = None
+        self._long_name: bytes | None = None
+        self._long_link: bytes | None = None
+        self.members = 0
+
+    def _body(self, body: bytes) -> None:
+        try:
+            self._extend(self._extension, body)
+        except _REFUSALS as error:
+            raise _placed(error, self._extension_at, b"extended header") from None
 
     def _extend(self, kind: str, body: bytes) -> None:
         if kind == "x":
@@ -310,7 +344,7 @@ class TarScanner:
 
     def _header(self, record: bytes, end_offset: int) -> None:
         stored = _number(record[148:156], "checksum")
-        unsigned = _sum(record) - sum(record[148:156]) + 8 * 0x20
+        unsigned = record_sum(record) - sum(record[148:156]) + 8 * 0x20
         # Some old tars summed signed characters: each byte over 127 counts 256 less.
         if stored != unsigned:
             blanked = record[:148] + b"        " + record[156:]
@@ -336,10 +370,8 @@ class TarScanner:
                 raise LimitExceeded(
                     f"extended header of {size} bytes, over the limit of {self._limits.extended_header_bytes}"
                 )
-            self._extension, self._extension_at = (extension, size), end_offset - RECORD_BYTES
-            if not size:
-                self._extension = None
-                self._extend(extension, b"")
+            self._extension, self._extension_at = extension, end_offset - RECORD_BYTES
+            self._want_body(size)
             return
         pax, self._pax = self._pax or {}, None
         long_name, self._long_name = self._long_name, None
@@ -405,9 +437,7 @@ class TarScanner:
         self.members += 1
         if self.members > self._limits.entries:
             raise LimitExceeded(f"more than {self._limits.entries} entries")
-        self._padding = -follows % RECORD_BYTES
-        self._padding_dirty = False
-        self._skip = follows + self._padding
+        self._skip_data(follows)
         self._on_member(
             Member(
                 member_type, name, link, mode & 0o7777, uid, gid, (mtime, nanoseconds), major, minor, size,

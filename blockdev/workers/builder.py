@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from blockdev.errors import BlockdevError, DigestMismatch, LimitExceeded
-from blockdev.formats.layer_file import HEAD_BYTES, BuiltLayer, LayerWriter, format_named
+from blockdev.formats.layer_file import format_named
+from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.workers import protocol
 from blockdev.workers.pipeline import Pipeline
 from verity.buffers import Buffer
@@ -38,9 +39,10 @@ class StagedFile:
     left to wait for.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, offset_bytes: int) -> None:
+        """`offset_bytes`: what stands in front of it is written last."""
         self._fd = fd
-        self._offset = self._handed_over = HEAD_BYTES  # the head comes last
+        self._offset = self._handed_over = offset_bytes
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._sync_early, daemon=True)
@@ -59,6 +61,9 @@ class StagedFile:
     def write_head(self, data: bytes) -> None:
         if os.pwrite(self._fd, data, 0) != len(data):
             raise OSError("short write of the head")
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, size, offset)
 
     def sync(self) -> None:
         """All of it is on the disk when this returns. Raises OSError."""
@@ -146,12 +151,14 @@ class _Blob:
 
 
 def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
-    staged = StagedFile(parameters.staged_fd)
+    layer_format = format_named(parameters.format)
+    staged = StagedFile(parameters.staged_fd, layer_format.tar_offset_bytes)
     leaves = LeafStore(threshold_bytes=_LEAVES_IN_MEMORY_BYTES, spool_fd=parameters.spool_fd)
     layer = LayerWriter(
-        format_named(parameters.format),
+        layer_format,
         write=staged.write,
         write_head=staged.write_head,
+        read_back=staged.read,
         leaves=leaves,
         limits=parameters.limits,
     )

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blockdev.formats.compression import MEDIA_TYPES, detect
-from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import Format, Identity, Trailer, format_named, open_layer_file
+from blockdev.formats.layer_file import LayerFile, format_named, open_layer_file
+from blockdev.formats.layer_reader import index_reader
 from blockdev.workers.launch import BuildRequest, run_build
 from verity.errors import VerityError
 from verity.table import dm_table
-from verity.tree import Geometry
 from verity.verify import verify_all
 
 
@@ -68,7 +67,7 @@ def _reader(file: BinaryIO) -> Callable[[int, int], bytes]:
     return lambda offset, size: os.pread(file.fileno(), size, offset)
 
 
-def _open(file: BinaryIO) -> tuple[Format, Identity, Trailer]:
+def _open(file: BinaryIO) -> LayerFile:
     """Raises FormatError."""
     return open_layer_file(_reader(file), os.fstat(file.fileno()).st_size)
 
@@ -83,17 +82,17 @@ def verify(path: Path, root_hash: str) -> dict[str, Any]:
         raise VerityError(f"root hash {root_hash!r} is not 64 hexadecimal digits")
     with path.open("rb") as file:
         # Sizes are not bound by the root hash: the format's rules and the file's size decide about them.
-        layer_format, identity, trailer = _open(file)
-        geometry = Geometry(trailer.data_blocks, trailer.params)
-        verify_all(_reader(file), geometry, root)
+        layer = _open(file)
+        verify_all(_reader(file), layer.geometry, root)
+    params = layer.geometry.params
     return {
-        "format": layer_format.name,
-        "diff_id": "sha256:" + identity.diff_id.hex(),
+        "format": layer.format.name,
+        "diff_id": _digest(layer.diff_id),
         "root_hash": root.hex(),
-        "data_size_bytes": trailer.data_size_bytes,
-        "data_block_bytes": trailer.params.data_block_bytes,
-        "hash_block_bytes": trailer.params.hash_block_bytes,
-        "data_blocks": geometry.data_blocks,
+        "data_size_bytes": layer.data_size_bytes,
+        "data_block_bytes": params.data_block_bytes,
+        "hash_block_bytes": params.hash_block_bytes,
+        "data_blocks": layer.geometry.data_blocks,
         "verified": True,
     }
 
@@ -101,27 +100,28 @@ def verify(path: Path, root_hash: str) -> dict[str, Any]:
 def inspect(path: Path) -> dict[str, Any]:
     """Raises FormatError."""
     with path.open("rb") as file:
-        layer_format, identity, trailer = _open(file)
-        reader = Reader(_reader(file), trailer.data_size_bytes)
-    geometry = Geometry(trailer.data_blocks, trailer.params)
-    uuid = reader.superblock.uuid.hex()
+        layer = _open(file)
+    params = layer.geometry.params
     return {
-        "format": layer_format.name,
-        "diff_id": "sha256:" + identity.diff_id.hex(),
-        "root_hash": trailer.root_hash.hex(),
-        "tar_offset_bytes": identity.tar_offset_bytes,
-        "tar_size_bytes": identity.tar_size_bytes,
-        "metadata_offset_bytes": identity.metadata_offset_bytes,
-        "data_size_bytes": trailer.data_size_bytes,
-        "tree_size_bytes": trailer.tree_size_bytes,
-        "file_size_bytes": trailer.file_size_bytes,
-        "data_block_bytes": trailer.params.data_block_bytes,
-        "hash_block_bytes": trailer.params.hash_block_bytes,
-        "tree_levels": trailer.levels,
-        "entries": reader.superblock.inodes,
-        "uuid": "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:])),
-        "dm_table": dm_table("DEVICE", geometry, trailer.root_hash),
+        "format": layer.format.name,
+        "diff_id": _digest(layer.diff_id),
+        "root_hash": layer.root_hash.hex() if layer.root_hash else None,
+        "tar_offset_bytes": layer.format.tar_offset_bytes,
+        "tar_size_bytes": layer.tar_size_bytes,
+        "index_offset_bytes": layer.index_offset_bytes,
+        "data_size_bytes": layer.data_size_bytes,
+        "tree_size_bytes": layer.geometry.tree_size_bytes,
+        "file_size_bytes": layer.file_size_bytes,
+        "data_block_bytes": params.data_block_bytes,
+        "hash_block_bytes": params.hash_block_bytes,
+        "tree_levels": len(layer.geometry.levels),
+        "entries": layer.entries,
+        "dm_table": dm_table("DEVICE", layer.geometry, layer.root_hash) if layer.root_hash else None,
     }
+
+
+def _digest(raw: bytes | None) -> str | None:
+    return "sha256:" + raw.hex() if raw is not None else None
 
 
 def _text(raw: bytes) -> str:
@@ -132,9 +132,7 @@ def _text(raw: bytes) -> str:
 def entries(path: Path) -> Iterator[dict[str, Any]]:
     """Raises FormatError, LimitExceeded."""
     with path.open("rb") as file:
-        _, _, trailer = _open(file)
-        reader = Reader(_reader(file), trailer.data_size_bytes)
-        for entry in reader.walk():
+        for entry in index_reader(_open(file), _reader(file)).walk():
             yield {
                 "path": "/" + _text(entry.path),
                 "mode": f"{entry.mode:06o}",
@@ -144,7 +142,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
                 "mtime": entry.mtime[0],
                 "mtime_ns": entry.mtime[1],
                 "nlink": entry.nlink,
-                "inode": entry.nid,
+                "inode": entry.inode,
                 "rdev": f"{entry.rdev[0]}:{entry.rdev[1]}",
                 "link": _text(entry.link),
                 "xattrs": {_text(name): value.hex() for name, value in entry.xattrs.items()},

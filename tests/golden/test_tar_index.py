@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from blockdev.errors import BlockdevError
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, BuiltLayer, LayerWriter
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
+from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
 from tests.golden import make_tars
 from verity.hasher import LeafStore

@@ -18,8 +18,10 @@ from zstandard import ZstdCompressor
 from blockdev.errors import BlockdevError, CompressionError, FormatError, LimitExceeded
 from blockdev.formats import erofs
 from blockdev.formats.compression import Compression, decompress
-from blockdev.formats.erofs_reader import Entry, Reader
-from blockdev.formats.layer_file import FORMATS, BuiltLayer, LayerWriter, Trailer
+from blockdev.formats.entry import Entry
+from blockdev.formats.erofs_reader import Reader
+from blockdev.formats.layer_file import FORMATS, Trailer
+from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
 from tests.golden import make_tars
 from verity.hasher import LeafStore
@@ -260,7 +262,7 @@ def test_a_layer_is_what_its_members_say(members: list[Action], pax: bool) -> No
         )  # fmt: skip
         assert (entry.link, entry.rdev, entry.xattrs) == (node.link, node.device, node.xattrs)
         assert entry.nlink == model.links(place)
-        assert inodes.setdefault(entry.nid, node) is node
+        assert inodes.setdefault(entry.inode, node) is node
         if node.kind == tarfile.REGTYPE:
             assert entry.size_bytes == len(node.data)
             assert file[entry.data_offset_bytes :][: entry.size_bytes] == node.data
@@ -350,7 +352,7 @@ def check_any_tar(tar: bytes) -> None:
         with contextlib.suppress(BlockdevError):
             entries = walked(file)
         assert entries is not None
-        assert len({entry.nid for entry in entries}) == built.entries
+        assert len({entry.inode for entry in entries}) == built.entries
         assert file[4096 : 4096 + len(tar)] == tar
 
 

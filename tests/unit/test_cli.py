@@ -133,9 +133,9 @@ def test_a_failed_build_leaves_the_output_as_it_was(tmp_path: Path) -> None:
 
 def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(some_tar())
-    done = tardevctl("layer", "build", tmp_path / "tar", "--output", tmp_path / "out", "--format", "tarfs")
+    done = tardevctl("layer", "build", tmp_path / "tar", "--output", tmp_path / "out", "--format", "tarf")
     assert done.returncode == 1
-    assert "'tarfs' is not known" in done.stderr
+    assert "'tarf' is not known" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from blockdev.errors import BlockdevError, FormatError, LimitExceeded
 from blockdev.formats import erofs
-from blockdev.formats.erofs_reader import Entry, Reader
+from blockdev.formats.entry import Entry
+from blockdev.formats.erofs_reader import Reader
 from blockdev.formats.erofs_writer import MetadataWriter
 from blockdev.formats.file_tree import S_IFREG, Directory, Inode
 from blockdev.formats.layer_file import Trailer
@@ -62,7 +63,7 @@ class Layer:
 
     def inode(self, path: bytes) -> int:
         """Where its record is."""
-        return self.reader().superblock.meta_block * 512 + self.entries()[path].nid * 32
+        return self.reader().superblock.meta_block * 512 + self.entries()[path].inode * 32
 
     def get(self, path: bytes, field: tuple[int, str]) -> int:
         value = struct.unpack_from("<" + field[1], self.file, self.inode(path) + field[0])[0]
@@ -144,7 +145,7 @@ def test_the_reader_knows_the_superblock() -> None:
 def test_names_of_one_file_share_its_inode() -> None:
     layer = Layer(file(b"a", b"data"), other(b"b", b"1", link=b"a"), directory(b"d"), other(b"d/c", b"1", link=b"b"))
     found = layer.entries()
-    assert found[b"a"].nid == found[b"b"].nid == found[b"d/c"].nid
+    assert found[b"a"].inode == found[b"b"].inode == found[b"d/c"].inode
     assert found[b"a"].nlink == 3
     assert layer.reader().superblock.inodes == 3
 
@@ -330,7 +331,7 @@ def test_a_file_that_is_cut_short_is_refused() -> None:
 def test_the_root_must_be_a_directory() -> None:
     """The kernel refuses to mount any other."""
     layer = Layer(file(b"f"))
-    layer.superblock(14, "H", layer.entries()[b"f"].nid)
+    layer.superblock(14, "H", layer.entries()[b"f"].inode)
     layer.refused("root")
 
 
@@ -452,20 +453,20 @@ def test_an_inode_in_the_last_bytes_of_the_data_area_is_read_and_not_beyond() ->
 def test_directory_loops_are_refused() -> None:
     for target in (b"", b"d", b"d/e"):
         layer = Layer(directory(b"d"), directory(b"d/e"), file(b"d/e/f"))
-        dirent(layer, b"d/e", 2, nid=layer.entries()[target].nid)
+        dirent(layer, b"d/e", 2, nid=layer.entries()[target].inode)
         layer.refused("directory [0-9]+ has two names")
 
 
 def test_a_directory_with_two_names_is_refused() -> None:
     layer = Layer(directory(b"d"), directory(b"d/e"), directory(b"d/f"))
-    dirent(layer, b"d", 3, nid=layer.entries()[b"d/e"].nid)
+    dirent(layer, b"d", 3, nid=layer.entries()[b"d/e"].inode)
     layer.refused("has two names")
 
 
 def test_the_dots_are_not_followed() -> None:
     layer = two_files()
     dirent(layer, b"d", 0, nid=(1 << 64) - 1)
-    dirent(layer, b"d", 1, nid=layer.entries()[b"d/aaa"].nid)
+    dirent(layer, b"d", 1, nid=layer.entries()[b"d/aaa"].inode)
     assert list(layer.entries()) == [b"", b"d", b"d/aaa", b"d/bbb"]
 
 
@@ -538,7 +539,7 @@ def test_more_names_than_there_is_room_for_are_refused() -> None:
     layer = Layer(*(directory(b"d%03d" % number) for number in range(200)), *(file(b"x/%04d" % n) for n in range(200)))
     shared, size = layer.get(b"x", ADDRESS), layer.get(b"x", SIZE) // 512 * 512
     start = layer.reader().superblock.meta_block * 512
-    for at in [start + entry.nid * 32 for path, entry in layer.entries().items() if path.startswith(b"d")]:
+    for at in [start + entry.inode * 32 for path, entry in layer.entries().items() if path.startswith(b"d")]:
         struct.pack_into("<H", layer.file, at, 1 | PLAIN << 1)
         struct.pack_into("<QI", layer.file, at + 8, size, shared)
     layer.refused("more names than the data area has room for", LimitExceeded)

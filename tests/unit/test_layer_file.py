@@ -14,20 +14,18 @@ from typing import Any
 import pytest
 
 from blockdev.errors import BlockdevError, FormatError, LimitExceeded
-from blockdev.formats import erofs, layer_file
+from blockdev.formats import erofs, layer_writer
 from blockdev.formats.layer_file import (
     FORMATS,
     HEAD_BYTES,
     TRAILER_BYTES,
-    BuiltLayer,
     Identity,
-    LayerWriter,
     Trailer,
-    VerifiedWriter,
     align,
     format_named,
     layer_uuid,
 )
+from blockdev.formats.layer_writer import BuiltLayer, LayerWriter, VerifiedWriter
 from blockdev.formats.limits import Limits
 from tests.golden import make_tars
 from tests.golden.make_tars import EOA
@@ -412,8 +410,8 @@ def test_an_opaque_directory_full_of_xattrs_is_written_or_refused(values: tuple[
 def test_a_layer_over_what_block_addresses_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, file = built(tar_of(b"x"))
     blocks = erofs.Superblock.unpack(file[1024:1152]).blocks
-    monkeypatch.setattr(layer_file, "_BLOCKS_MAX", blocks)
+    monkeypatch.setattr(layer_writer, "_BLOCKS_MAX", blocks)
     built(tar_of(b"x"))
-    monkeypatch.setattr(layer_file, "_BLOCKS_MAX", blocks - 1)
+    monkeypatch.setattr(layer_writer, "_BLOCKS_MAX", blocks - 1)
     with pytest.raises(LimitExceeded, match="2 TiB"):
         built(tar_of(b"x"))

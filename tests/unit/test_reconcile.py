@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from blockdev.formats.layer_file import FORMATS, TRAILER_BYTES
+from blockdev.formats.layer_file import STORED_FORMATS, TRAILER_BYTES
 from blockdev.workers.launch import BuildRecord
 from snapshotter import inventory, reconcile
 from snapshotter.activation import Activation
@@ -402,7 +402,7 @@ async def test_no_build_starts_below_the_reserve(tmp_path: Path) -> None:
 
 
 def test_the_directories_are_roots_alone(store: LayerStore, tmp_path: Path) -> None:
-    for path in (store.staging, tmp_path / "layers", *(tmp_path / "layers" / name for name in FORMATS)):
+    for path in (store.staging, tmp_path / "layers", *(tmp_path / "layers" / name for name in STORED_FORMATS)):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 

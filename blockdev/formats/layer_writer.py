@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a layer file front to back, hashed on the way.
+
+`LayerWriter` is the single pass: it hands out sinks that each must see every byte of the tar in order
+(a caller with threads may run them side by side), and `finish` adds the index, the tree and the
+trailer. docs/formats.md has the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from blockdev.errors import FormatError, LimitExceeded
+from blockdev.formats import erofs
+from blockdev.formats.erofs_writer import MetadataWriter
+from blockdev.formats.file_tree import FileTree
+from blockdev.formats.layer_file import (
+    ALIGNMENT_BYTES,
+    HEAD_BYTES,
+    Format,
+    Identity,
+    ReadAt,
+    Trailer,
+    align,
+    bare_trailer,
+    file_size,
+    layer_uuid,
+)
+from blockdev.formats.limits import Limits
+from blockdev.formats.tar import TarScanner
+from blockdev.formats.tarfs_tar import Dialect
+from blockdev.formats.tarfs_writer import FAULTS, TarfsWriter
+from verity.buffers import Buffer
+from verity.hasher import LeafStore, leaf_digests
+from verity.params import Params
+from verity.tree import Geometry, write_tree
+
+# Block addresses are 32 bits and the last two are kept free (Linux: EROFS_NULL_ADDR).
+_BLOCKS_MAX: Final = (1 << 32) - 2
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltLayer:
+    """What a build found out; sizes in bytes, hashes raw."""
+
+    format: str
+    diff_id: bytes
+    root_hash: bytes
+    tar_size_bytes: int
+    data_size_bytes: int
+    tree_size_bytes: int
+    file_size_bytes: int
+    entries: int  # inodes of the index, the root included
+    warnings: dict[str, int] = field(default_factory=dict)
+
+
+class VerifiedWriter:
+    """A sequential sink: what passes is written once and hashed into leaf digests.
+
+    `hash` and `store` are the two halves of `write`, for a caller that runs them on two threads; each
+    must see the same bytes in the same order.
+    """
+
+    def __init__(self, write: Callable[[Buffer], object], leaves: LeafStore, params: Params) -> None:
+        self._write, self._leaves, self._params = write, leaves, params
+        self._partial = bytearray()
+        self.size_bytes = 0
+
+    def hash(self, data: Buffer) -> None:
+        view = memoryview(data)
+        block = self._params.data_block_bytes
+        if self._partial:
+            take = min(block - len(self._partial), len(view))
+            self._partial += view[:take]
+            view = view[take:]
+            if len(self._partial) < block:
+                return
+            self._leaves.append(leaf_digests(self._partial, self._params))
+            self._partial = bytearray()
+        whole = len(view) - len(view) % block
+        if whole:
+            self._leaves.append(leaf_digests(view[:whole], self._params))
+        self._partial += view[whole:]
+
+    def store(self, data: Buffer) -> None:
+        self._write(data)
+        self.size_bytes += len(memoryview(data))
+
+    def write(self, data: Buffer) -> None:
+        self.hash(data)
+        self.store(data)
+
+    def pad(self, unit: int) -> None:
+        self.write(bytes(-self.size_bytes % unit))
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What an index writer has put behind the tar. `head`: what goes in front of it, last."""
+
+    entries: int
+    warnings: dict[str, int]
+    head: bytes = b""
+
+
+class IndexWriter(Protocol):
+    """Sees the tar through `feed`, then writes the index of what it has seen. Both raise BlockdevError."""
+
+    def feed(self, data: Buffer) -> None: ...
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        """Up to the end of the data area; called once."""
+
+
+class TarIndexWriter:
+    def __init__(self, layer_format: Format, limits: Limits) -> None:
+        self._format = layer_format
+        self._tree = FileTree(limits)
+        self._scanner = TarScanner(self._tree.add, limits)
+        self.feed = self._scanner.feed
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        self._scanner.close()
+        block = self._format.block_bytes
+        metadata = MetadataWriter(self._tree.finish(), block)
+        area = metadata.layout()
+        writer.pad(ALIGNMENT_BYTES)
+        metadata_offset = writer.size_bytes
+        data_size = align(metadata_offset + area.size_bytes, ALIGNMENT_BYTES)
+        if data_size // block > _BLOCKS_MAX:
+            raise LimitExceeded("layer is over the 2 TiB that 32-bit block addresses reach")
+        metadata.emit(writer.write, metadata_offset, HEAD_BYTES)
+        writer.pad(ALIGNMENT_BYTES)
+        assert writer.size_bytes == data_size, "the layout pass and the emission pass disagree"
+        identity = Identity(HEAD_BYTES, tar_size_bytes, metadata_offset, diff_id)
+        warnings = {
+            "dropped_xattrs": self._tree.dropped_xattrs,
+            "invented_directories": self._tree.invented_directories,
+            "nonzero_padding": self._scanner.dirty_padding,
+        }
+        return Index(area.inodes, warnings, self._head(identity, area.root_nid, area.inodes, data_size))
+
+    def _head(self, identity: Identity, root_nid: int, inodes: int, data_size_bytes: int) -> bytes:
+        block = self._format.block_bytes
+        superblock = erofs.Superblock(
+            block_bits=block.bit_length() - 1,
+            root_nid=root_nid,
+            inodes=inodes,
+            blocks=data_size_bytes // block,
+            meta_block=identity.metadata_offset_bytes // block,
+            uuid=layer_uuid(self._format.name, identity.diff_id),
+        ).pack()
+        covered = bytearray(superblock.ljust(block, b"\0"))
+        struct.pack_into("<I", covered, 4, erofs.crc32c(covered))
+        return (identity.pack() + bytes(covered)).ljust(HEAD_BYTES, b"\0")
+
+
+_DIALECTS: Final = {
+    "tarfs": Dialect.SNAPSHOTTER,
+    "tarfs-genpolicy": Dialect.GENPOLICY,
+    "tarfs-genpolicy-upstream": Dialect.GENPOLICY_UPSTREAM,
+}
+
+
+class _TarfsIndexWriter:
+    def __init__(self, layer_format: Format, limits: Limits, read_back: ReadAt | None) -> None:
+        self._writer = TarfsWriter(_DIALECTS[layer_format.name], limits, read_back)
+        self.feed = self._writer.feed
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        entries = self._writer.write(writer.write, tar_size_bytes)
+        return Index(entries, self._writer.warnings())
+
+
+def _index_writer(layer_format: Format, limits: Limits, read_back: ReadAt | None) -> IndexWriter:
+    if layer_format.name in _DIALECTS:
+        return _TarfsIndexWriter(layer_format, limits, read_back)
+    return TarIndexWriter(layer_format, limits)
+
+
+class LayerWriter:
+    """One layer in one format.
+
+    `write` appends to the layer file behind its head, `write_head` puts that in front (called once,
+    last, where the format has one). So each byte is written once. `leaves` holds the leaf digests.
+    `read_back` reads what `write` has written; some warnings are surer with it. `strict`: a layer
+    that would come out wrong in the guest is refused. Who builds one tar in several formats gives
+    them all one `tar_digest` and feeds it himself.
+
+    Sinks and `finish` raise FormatError, UnsupportedError and LimitExceeded, and what `write` and
+    `leaves` raise.
+    """
+
+    def __init__(
+        self,
+        layer_format: Format,
+        *,
+        write: Callable[[Buffer], object],
+        write_head: Callable[[bytes], object],
+        leaves: LeafStore,
+        limits: Limits,
+        read_back: ReadAt | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.format = layer_format
+        self._write_raw, self._write_head, self._leaves, self._limits = write, write_head, leaves, limits
+        self._strict = strict
+        self.tar_digest = hashlib.sha256()  # its hash is the diff ID
+        self._index = _index_writer(layer_format, limits, read_back)
+        self._writer = VerifiedWriter(write, leaves, layer_format.params)
+        # The head's place is taken now; its bytes, and their digests, follow last.
+        self._writer.hash(bytes(layer_format.tar_offset_bytes))
+        self._writer.size_bytes = layer_format.tar_offset_bytes
+
+    def sinks(self) -> tuple[Callable[[Buffer], None], ...]:
+        """Independent of each other; each sees every piece of the tar once, in order."""
+        return (self.tar_digest.update, self._writer.hash, self._store, self._index.feed)
+
+    def feed(self, data: Buffer) -> None:
+        for sink in self.sinks():
+            sink(data)
+
+    def _store(self, data: Buffer) -> None:
+        self._writer.store(data)
+        if self._writer.size_bytes - self.format.tar_offset_bytes > self._limits.tar_bytes:
+            raise LimitExceeded(f"layer is over the limit of {self._limits.tar_bytes} bytes")
+
+    def finish(self) -> BuiltLayer:
+        params, writer = self.format.params, self._writer
+        tar_size = writer.size_bytes - self.format.tar_offset_bytes
+        diff_id = self.tar_digest.digest()
+        index = self._index.write(writer, tar_size, diff_id)
+        warnings = {name: count for name, count in index.warnings.items() if count}
+        if self._strict and not FAULTS.isdisjoint(warnings):
+            faults = ", ".join(f"{name} {count}" for name, count in warnings.items() if name in FAULTS)
+            raise FormatError(f"this layer would come out wrong from format {self.format.name}: {faults}")
+        if index.head:
+            self._leaves.replace(0, leaf_digests(index.head, params))
+        data_size = writer.size_bytes
+        geometry = Geometry(data_size // params.data_block_bytes, params)
+        root_hash = write_tree(self._leaves, params, self._write_raw)
+        if index.head:
+            trailer = Trailer(
+                params, data_size, geometry.tree_size_bytes, len(geometry.levels), root_hash, diff_id
+            ).pack()
+        else:
+            trailer = bare_trailer(params, geometry.data_blocks)
+        self._write_raw(bytes(-(data_size + geometry.tree_size_bytes) % ALIGNMENT_BYTES) + trailer)
+        if index.head:
+            self._write_head(index.head)
+        return BuiltLayer(
+            self.format.name, diff_id, root_hash, tar_size, data_size, geometry.tree_size_bytes,
+            file_size(data_size, geometry.tree_size_bytes), index.entries, warnings,
+        )  # fmt: skip

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a tarfs index as the kernel module does, with every offset and count in it taken for hostile.
+
+What the module would not show is not shown: names whose inode has no type, and what lies below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from blockdev.errors import FormatError, LimitExceeded
+from blockdev.formats import tarfs
+from blockdev.formats.entry import Entry
+from blockdev.formats.layer_file import ReadAt
+
+_S_IFMT: Final = 0o170000
+_S_IFDIR: Final = 0o040000
+_S_IFLNK: Final = 0o120000
+_S_IFREG: Final = 0o100000
+_DEVICES: Final = (0o020000, 0o060000)
+_KNOWN: Final = frozenset((_S_IFDIR, _S_IFLNK, _S_IFREG, *_DEVICES, 0o010000, 0o140000))
+_DIRECTORY_BYTES_MAX: Final = 1 << 30
+_PATH_BYTES_MAX: Final = 1 << 20
+
+
+class Reader:
+    """Over the data area of a layer file. Raises FormatError or LimitExceeded, here and in `walk`."""
+
+    def __init__(self, read_at: ReadAt, data_size_bytes: int) -> None:
+        self._read_at, self._size = read_at, data_size_bytes
+        last = self._read(data_size_bytes - tarfs.BLOCK_BYTES, tarfs.BLOCK_BYTES)
+        self.superblock = tarfs.Superblock.unpack(last, data_size_bytes)
+
+    def walk(self) -> Iterator[Entry]:
+        """As IndexReader.walk. A directory with two names, which a tarfs layer can have, is refused."""
+        todo = [(b"", b"", 1)]
+        directories: set[int] = set()
+        name_bytes = 0
+        while todo:
+            parent, name, number = todo.pop()
+            path = parent + b"/" + name if parent else name
+            if len(path) > _PATH_BYTES_MAX:
+                raise LimitExceeded(f"path of {len(path)} bytes")
+            entry = self._entry(path, number)
+            if entry is None:
+                continue
+            yield entry
+            if entry.mode & _S_IFMT != _S_IFDIR:
+                if not path:
+                    raise FormatError("the root is no directory")
+                continue
+            if number in directories:
+                raise FormatError(f"directory {number} has two names")
+            directories.add(number)
+            children = self._children(number, entry)
+            name_bytes += sum(tarfs.DIRENT.size + len(child) for child, _ in children)
+            if name_bytes > self._size:
+                raise LimitExceeded("more names than the data area has room for")
+            todo += [(path, child, inode) for child, inode in reversed(children)]
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if offset < 0 or offset + size > self._size:
+            raise FormatError(f"index points at bytes {offset} to {offset + size} of {self._size}")
+        data = self._read_at(offset, size)
+        if len(data) != size:
+            raise FormatError(f"layer file ends at byte {offset + len(data)}")
+        return data
+
+    def _inode(self, number: int) -> tuple[int, int, int, int, int, int, int, int]:
+        if not 1 <= number <= self.superblock.inodes:
+            raise FormatError(f"index names inode {number} of {self.superblock.inodes}")
+        at = self.superblock.inode_table_bytes + (number - 1) * tarfs.INODE.size
+        fields: tuple[int, int, int, int, int, int, int, int] = tarfs.INODE.unpack(self._read(at, tarfs.INODE.size))
+        return fields
+
+    def _entry(self, path: bytes, number: int) -> Entry | None:
+        mode, flags, time_high, uid, gid, time_low, size, offset = self._inode(number)
+        kind = mode & _S_IFMT
+        if kind not in _KNOWN or mode & ~(_S_IFMT | tarfs.PERMISSIONS):
+            return None
+        rdev, link, data_offset = (0, 0), b"", 0
+        if kind in _DEVICES:
+            rdev = (offset >> 32, offset & (tarfs.MINORS - 1))
+        elif kind == _S_IFLNK:
+            if size > tarfs.LINK_TEXT_BYTES_MAX:
+                raise FormatError(f"symlink {path[:200]!r} of {size} bytes")
+            link = self._read(offset, size)
+        elif kind == _S_IFREG and size:
+            if offset + size > self._size:
+                raise FormatError(f"data of {path[:200]!r} lies outside the data area")
+            data_offset = offset
+        xattrs = {b"trusted.overlay.opaque": b"y"} if kind == _S_IFDIR and flags & tarfs.FLAG_OPAQUE else {}
+        mtime = (time_low | (time_high & 0xF) << 32, 0)
+        return Entry(path, number, mode, uid, gid, size, mtime, 1, rdev, link, data_offset, xattrs)
+
+    def _children(self, number: int, directory: Entry) -> list[tuple[bytes, int]]:
+        if directory.size_bytes > _DIRECTORY_BYTES_MAX or directory.size_bytes % tarfs.DIRENT.size:
+            raise FormatError(f"directory of {directory.size_bytes} bytes")
+        table = self._read(self._inode(number)[7], directory.size_bytes)
+        found, seen = [], set[bytes]()
+        total = 0
+        for inode, at, length, _ in tarfs.DIRENT.iter_unpack(table):
+            total += length
+            if total > self._size:
+                raise LimitExceeded("more names than the data area has room for")
+            name = self._read(at, length)
+            if not name or b"/" in name or b"\0" in name or name in (b".", b"..") or name in seen:
+                raise FormatError(f"directory entry with the name {name[:80]!r}")
+            seen.add(name)
+            found.append((name, inode))
+        return found
