@@ -98,7 +98,8 @@ class MetadataWriter:
         pack = erofs.INODE.pack
         for number, node in enumerate(self._order):
             position = self._positions[number]
-            out += bytes(position - written - len(out))
+            if gap := position - written - len(out):
+                out += bytes(gap)
             body = self._xattrs.get(number, b"")
             tail = b""
             format_type = node.mode & 0o170000
@@ -135,7 +136,8 @@ class MetadataWriter:
             )
             out += body
             out += tail
-            flush()
+            if len(out) >= _EMIT_BYTES:
+                flush()
         for number, position in self._blocks_at:
             out += bytes(position - written - len(out))
             node = self._order[number]
@@ -183,16 +185,14 @@ class MetadataWriter:
 
     def _dirents(self, node: Directory, names: list[bytes]) -> bytes:
         out = bytearray()
+        pack, unit, positions, children = erofs.DIRENT.pack, erofs.NID_UNIT_BYTES, self._positions, node.children
         offset = erofs.DIRENT.size * len(names)
         for name in names:
-            if name == b".":
-                number, mode = node.number, node.mode
-            elif name == b"..":
-                number, mode = self._parents[node.number], node.mode
-            else:
-                child = node.children[name]
+            child = children.get(name)
+            if child is not None:
                 number, mode = child.number, child.mode
-            nid = self._positions[number] // erofs.NID_UNIT_BYTES
-            out += erofs.DIRENT.pack(nid, offset, erofs.FILE_TYPES[mode & 0o170000])
+            else:  # "." or ".."
+                number, mode = node.number if name == b"." else self._parents[node.number], node.mode
+            out += pack(positions[number] // unit, offset, erofs.FILE_TYPES[mode & 0o170000])
             offset += len(name)
         return bytes(out) + b"".join(names)

@@ -24,6 +24,7 @@ _HOPS_MAX: Final = 255  # symlinks followed for one path; the kernel stops at 40
 _WHITEOUT: Final = b".wh."
 _WHITEOUT_META: Final = b".wh..wh."
 _OPAQUE: Final = b".wh..wh..opq"
+_DOT: Final = ord(".")
 _CAPABILITY: Final = b"security.capability"
 # About what each takes in memory beside its text, on CPython for 64 bits.
 _INODE_COST_BYTES: Final = 320
@@ -109,14 +110,16 @@ class FileTree:
 
     def _add(self, member: Member) -> None:
         parent_path, _, base = member.name.rstrip(b"/").rpartition(b"/")
-        if base in (b"", b".", b".."):
+        odd = not base or base[0] == _DOT
+        if odd and base in (b"", b".", b".."):
             # Rare: let the general rule find the last real component.
             parts = self._split(member.name)
             if not parts:
                 return
             base = parts.pop()
             parent_path = b"/".join(parts)
-        elif len(base) > NAME_BYTES_MAX + (len(_WHITEOUT) if base.startswith(_WHITEOUT) else 0):
+        whiteout = odd and base.startswith(_WHITEOUT)
+        if len(base) > NAME_BYTES_MAX + (len(_WHITEOUT) if whiteout else 0):
             raise FormatError(f"name component of {len(base)} bytes")
         last = self._last_parent
         if last is not None and last[0] == parent_path:
@@ -125,15 +128,18 @@ class FileTree:
             parent = self._directory(self._split(parent_path))
             self._last_parent = (parent_path, parent)
 
-        if base.startswith(_WHITEOUT):
+        if whiteout:
             self._whiteout(parent, base)
-            return
-        if member.type is MemberType.DIRECTORY:
+        elif member.type is MemberType.DIRECTORY:
             self._add_directory(parent, base, member)
         elif member.type is MemberType.HARDLINK:
             self._add_hardlink(parent, base, member)
         else:
-            self._replace(parent, base, self._inode(member))
+            node = self._inode(member)
+            if base in parent.children:
+                self._replace(parent, base, node)
+            else:
+                parent.children[base] = node
 
     @staticmethod
     def _split(path: bytes) -> list[bytes]:
@@ -246,7 +252,8 @@ class FileTree:
             if not 0 <= member.major < MAJORS or not 0 <= member.minor < MINORS:
                 raise FormatError(f"device number out of range: {member.major}:{member.minor}")
             node.rdev = (member.major, member.minor)
-        self._join_xattrs(node, member.xattrs)
+        if member.xattrs:
+            self._join_xattrs(node, member.xattrs)
         return node
 
     def _replace(self, parent: Directory, base: bytes, node: Inode | None) -> None:

@@ -44,14 +44,14 @@ _LAST_TIME: Final = (9223372036, 854775807)
 _PLAIN_TEXT_KEYS: Final = frozenset((b"path", b"linkpath", b"uname", b"gname"))
 
 
-class MemberType(enum.Enum):
-    FILE = "file"
-    HARDLINK = "hardlink"
-    SYMLINK = "symlink"
-    CHAR = "char"
-    BLOCK = "block"
-    DIRECTORY = "directory"
-    FIFO = "fifo"
+class MemberType(enum.IntEnum):
+    FILE = 0
+    HARDLINK = 1
+    SYMLINK = 2
+    CHAR = 3
+    BLOCK = 4
+    DIRECTORY = 5
+    FIFO = 6
 
 
 _TYPES: Final = {
@@ -90,14 +90,6 @@ def _cut(field: bytes) -> bytes:
     return field.split(b"\0", 1)[0]
 
 
-def _number(field: bytes, what: str) -> int:
-    """Octal text or GNU base-256 of up to 64 bits. Raises FormatError."""
-    value = _value(field)
-    if value is None:
-        raise FormatError(f"{what} is no number of 64 bits: {field!r}")
-    return value
-
-
 # Modes, ids and device numbers are few in an archive, and each header has eight numbers.
 @lru_cache(maxsize=1 << 12)
 def _value(field: bytes) -> int | None:
@@ -123,6 +115,32 @@ def _value(field: bytes) -> int | None:
     return value - (1 << 64) if value >= _MAX_64 else value
 
 
+@lru_cache(maxsize=1 << 12)
+def _fields(fields: bytes) -> tuple[int, ...] | None:
+    """Numbers of eight bytes each; None where one is none. Members of one owner have all of them in common."""
+    values = [_value(fields[at : at + 8]) for at in range(0, len(fields), 8)]
+    return None if None in values else tuple(value for value in values if value is not None)
+
+
+_NUMBERS: Final = {
+    "mode": slice(100, 108),
+    "uid": slice(108, 116),
+    "gid": slice(116, 124),
+    "size": slice(124, 136),
+    "mtime": slice(136, 148),
+    "devmajor": slice(329, 337),
+    "devminor": slice(337, 345),
+}
+
+
+def _no_number(record: bytes) -> FormatError:
+    """Of the field of this header that is none."""
+    for what, place in _NUMBERS.items():
+        if _value(record[place]) is None:
+            return FormatError(f"{what} is no number of 64 bits: {record[place]!r}")
+    raise AssertionError("all fields are numbers")
+
+
 def _pax_number(value: bytes, key: str) -> int:
     match = _DECIMAL.match(value)
     if not match:
@@ -146,11 +164,28 @@ def _pax_time(value: bytes) -> tuple[int, int]:
     return seconds, nanoseconds
 
 
+@lru_cache(maxsize=1 << 12)
+def _sum_for(field: bytes) -> int | None:
+    """What the bytes of a record with this checksum field add up to; the field itself counts as blanks."""
+    stored = _value(field)
+    return None if stored is None else stored + sum(field) - 0x20 * len(field)
+
+
 def record_sum(record: bytes) -> int:
     """Of the bytes of one record. Adler-32's lower half is 1 + their sum, modulo 65521 (RFC 1950): exact for 256 of
     them, and ten times as fast as adding them up in Python."""
     first, second = zlib.adler32(record[:256]) & 0xFFFF, zlib.adler32(record[256:]) & 0xFFFF
     return first + second - 2
+
+
+def _check_signed_sum(record: bytes, expected: int | None) -> None:
+    """Some old tars summed signed characters: each byte over 127 counts 256 less. Raises FormatError."""
+    field = record[148:156]
+    if expected is None:
+        raise FormatError(f"checksum is no number of 64 bits: {field!r}")
+    negative = sum(byte > 127 for byte in record) - sum(byte > 127 for byte in field)
+    if expected != record_sum(record) - 256 * negative:
+        raise FormatError("bad header checksum")
 
 
 def parse_pax(body: bytes) -> dict[bytes, bytes]:
@@ -223,8 +258,16 @@ class RecordStream:
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:
-            if self._skip:
-                position = self._step_over(view, position, end)
+            skip = self._skip
+            if skip:
+                if skip > end - position or self._padding_dirty:
+                    position = self._step_over(view, position, end)
+                    continue
+                # Most members end in the piece in which they begin.
+                position += skip
+                if self._padding and not _ZERO_RECORD.startswith(bytes(view[position - self._padding : position])):
+                    self.dirty_padding += 1
+                self._skip = self._padding = 0
                 continue
             if self._ended:
                 break
@@ -266,7 +309,8 @@ class RecordStream:
         if self._padding:
             # Only the padding is looked at; mmap of a file's last page shows it.
             first = max(0, self._skip - self._padding)
-            if take > first and not self._padding_dirty and any(view[position + first : position + take]):
+            looked_at = b"" if self._padding_dirty else bytes(view[position + first : position + take])
+            if not _ZERO_RECORD.startswith(looked_at):
                 self._padding_dirty = True
                 self.dirty_padding += 1
         self._skip -= take
@@ -343,25 +387,23 @@ class TarScanner(RecordStream):
             raise _placed(error, at, _cut(record[:100])) from None
 
     def _header(self, record: bytes, end_offset: int) -> None:
-        stored = _number(record[148:156], "checksum")
-        unsigned = record_sum(record) - sum(record[148:156]) + 8 * 0x20
-        # Some old tars summed signed characters: each byte over 127 counts 256 less.
-        if stored != unsigned:
-            blanked = record[:148] + b"        " + record[156:]
-            if stored != unsigned - 256 * sum(byte > 127 for byte in blanked):
-                raise FormatError("bad header checksum")
+        expected = _sum_for(record[148:156])
+        if record_sum(record) != expected:
+            _check_signed_sum(record, expected)
         magic = record[257:265]
         ustar = magic[:6] == b"ustar\0"
         typeflag = record[156]
-        size = _number(record[124:136], "size")
-        mode = _number(record[100:108], "mode")
-        uid = _number(record[108:116], "uid")
-        gid = _number(record[116:124], "gid")
-        mtime = _number(record[136:148], "mtime")
+        fields = _fields(record[100:124])
+        size, mtime = _value(record[124:136]), _value(record[136:148])
+        if fields is None or size is None or mtime is None:
+            raise _no_number(record)
+        mode, uid, gid = fields
         major = minor = 0
         if ustar or magic == b"ustar  \0":
-            major = _number(record[329:337], "devmajor")
-            minor = _number(record[337:345], "devminor")
+            devices = _fields(record[329:345])
+            if devices is None:
+                raise _no_number(record)
+            major, minor = devices
         extension = _EXTENSIONS.get(typeflag)
         if extension is not None:
             if size < 0:
@@ -377,12 +419,12 @@ class TarScanner(RecordStream):
         long_name, self._long_name = self._long_name, None
         long_link, self._long_link = self._long_link, None
 
-        name = _cut(record[:100])
-        if ustar:
+        end = record.find(b"\0", 0, 100)
+        name = record[: end if end >= 0 else 100]
+        if ustar and record[345]:
             prefix = _cut(record[345 : 476 if record[508:512] == b"tar\0" else 500])
-            if prefix:
-                name = prefix + b"/" + name
-        link = _cut(record[157:257])
+            name = prefix + b"/" + name
+        link = _cut(record[157:257]) if record[157] else b""
         nanoseconds = 0
         xattrs: dict[bytes, bytes] = {}
         for key, value in pax.items():
@@ -430,7 +472,7 @@ class TarScanner(RecordStream):
             )
         if not 0 <= uid <= 0xFFFFFFFE or not 0 <= gid <= 0xFFFFFFFE:
             raise FormatError(f"id out of range: uid {uid}, gid {gid}")
-        if not (0, 0) <= (mtime, nanoseconds) <= _LAST_TIME:
+        if not 0 <= mtime < _LAST_TIME[0] and not (0, 0) <= (mtime, nanoseconds) <= _LAST_TIME:
             mtime = nanoseconds = 0
         if len(name) > self._limits.path_bytes:
             raise LimitExceeded(f"path of {len(name)} bytes, over the limit of {self._limits.path_bytes}")
