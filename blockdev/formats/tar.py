@@ -153,11 +153,11 @@ def _pax_number(value: bytes, key: str) -> int:
     return number
 
 
-def _pax_time(value: bytes) -> tuple[int, int]:
+def _pax_time(value: bytes, key: str = "mtime") -> tuple[int, int]:
     match = _PAX_TIME.match(value)
     if not match:
-        raise FormatError(f"pax mtime is no time: {value[:40]!r}")
-    seconds = _pax_number(match[1], "mtime")
+        raise FormatError(f"pax {key} is no time: {value[:40]!r}")
+    seconds = _pax_number(match[1], key)
     nanoseconds = int((match[2] or b"0")[:9].ljust(9, b"0"))
     if match[1].startswith(b"-") and nanoseconds:
         seconds, nanoseconds = seconds - 1, 1_000_000_000 - nanoseconds
@@ -167,7 +167,7 @@ def _pax_time(value: bytes) -> tuple[int, int]:
 @lru_cache(maxsize=1 << 12)
 def _sum_for(field: bytes) -> int | None:
     """What the bytes of a record with this checksum field add up to; the field itself counts as blanks."""
-    stored = _value(field)
+    stored = None if field[0] & 0x80 else _value(field)  # octal only
     return None if stored is None else stored + sum(field) - 0x20 * len(field)
 
 
@@ -178,11 +178,30 @@ def record_sum(record: bytes) -> int:
     return first + second - 2
 
 
+def _prefix(record: bytes, ustar: bool, magic: bytes) -> bytes:
+    """What goes before the name, of a header with something in that place. Raises FormatError."""
+    if ustar and record[508:512] == b"tar\0":
+        if _value(record[476:488]) is None or _value(record[488:500]) is None:
+            raise FormatError("atime or ctime is no number of 64 bits")
+        return _cut(record[345:476])
+    if ustar:
+        return _cut(record[345:500])
+    if magic == b"ustar  \0" and (_bad_time(record[345:357]) or _bad_time(record[357:369])):
+        # GNU has times there, and no prefix; but Go before 1.8, and Docker built with it, wrote one.
+        prefix = _cut(record[345:500])
+        return prefix if prefix.isascii() else b""
+    return b""
+
+
+def _bad_time(field: bytes) -> bool:
+    return field[0] != 0 and _value(field) is None
+
+
 def _check_signed_sum(record: bytes, expected: int | None) -> None:
     """Some old tars summed signed characters: each byte over 127 counts 256 less. Raises FormatError."""
     field = record[148:156]
     if expected is None:
-        raise FormatError(f"checksum is no number of 64 bits: {field!r}")
+        raise FormatError(f"checksum is no octal number of 64 bits: {field!r}")
     negative = sum(byte > 127 for byte in record) - sum(byte > 127 for byte in field)
     if expected != record_sum(record) - 256 * negative:
         raise FormatError("bad header checksum")
@@ -195,7 +214,7 @@ def parse_pax(body: bytes) -> dict[bytes, bytes]:
     while position < end:
         blank = body.find(b" ", position)
         digits = body[position:blank] if blank > 0 else b""
-        if not digits.isdigit():
+        if not digits.removeprefix(b"+").isdigit():
             raise FormatError("pax record without a length")
         length = _pax_number(digits, "record length")
         stop = position + length
@@ -421,10 +440,13 @@ class TarScanner(RecordStream):
 
         end = record.find(b"\0", 0, 100)
         name = record[: end if end >= 0 else 100]
-        if ustar and record[345]:
-            prefix = _cut(record[345 : 476 if record[508:512] == b"tar\0" else 500])
-            name = prefix + b"/" + name
+        if record[345] or record[508]:
+            prefix = _prefix(record, ustar, magic)
+            if prefix:
+                name = prefix + b"/" + name
         link = _cut(record[157:257]) if record[157] else b""
+        if size < 0 and typeflag in (0x30, 0x00):
+            raise FormatError("negative size")  # whatever an extended header says
         nanoseconds = 0
         xattrs: dict[bytes, bytes] = {}
         for key, value in pax.items():
@@ -444,6 +466,8 @@ class TarScanner(RecordStream):
                 gid = _pax_number(value, "gid")
             elif key == b"mtime":
                 mtime, nanoseconds = _pax_time(value)
+            elif key in (b"atime", b"ctime"):
+                _pax_time(value, key.decode())  # not used, but no header that has them malformed is taken
         if long_name:
             name = long_name
         if long_link:
