@@ -22,6 +22,7 @@ from blockdev.formats.compression import Compression, decompress
 from blockdev.formats.layer_file import HEAD_BYTES
 from blockdev.workers.builder import StagedFile
 from blockdev.workers.launch import BuildRequest, run_build
+from blockdev.workers.protocol import Output
 from verity import veritysetup
 from verity.hasher import leaf_digests
 from verity.params import PRESETS
@@ -77,20 +78,18 @@ def write(size: str, directory: str) -> dict[str, Any]:
         return {"bytes": int(size), "seconds": _elapsed()}
 
 
-def build(kind: str, path: str, directory: str) -> dict[str, Any]:
+def build(kind: str, path: str, directory: str, layer_format: str = "tar-index") -> dict[str, Any]:
     """The whole, as the daemon does it."""
     with (
         open(path, "rb", buffering=0) as blob,
         tempfile.TemporaryFile(dir=directory) as staged,
         tempfile.TemporaryFile(dir=directory) as spool,
     ):
-        record = asyncio.run(
+        [record] = asyncio.run(
             run_build(
                 BuildRequest(
                     blob_fd=blob.fileno(),
-                    staged_fd=staged.fileno(),
-                    spool_fd=spool.fileno(),
-                    format="tar-index",
+                    outputs=(Output(layer_format, staged.fileno(), spool.fileno()),),
                     media_type=MEDIA_TYPES[kind],
                     layer_name=path,
                     expected_size_bytes=os.path.getsize(path),

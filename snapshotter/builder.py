@@ -13,6 +13,7 @@ from blockdev.errors import BlockdevError
 from blockdev.formats.compression import compression_of
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
+from blockdev.workers.protocol import Output
 from snapshotter import metrics
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.errors import DataLoss, DeadlineExceeded, InvalidArgument, NotFound, Unavailable, translate
@@ -205,12 +206,10 @@ class Builder:
         async with self._store.staged() as staged:
             trace("build.staged")
             async with self._content.open(blob, caller) as blob_fd:
-                record = await run_build(
+                [record] = await run_build(
                     BuildRequest(
                         blob_fd=blob_fd,
-                        staged_fd=staged.fd,
-                        spool_fd=staged.spool_fd,
-                        format=format,
+                        outputs=(Output(format, staged.fd, staged.spool_fd),),
                         media_type=blob.media_type,
                         layer_name=blob.digest,
                         expected_digest=blob.digest,

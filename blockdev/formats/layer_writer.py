@@ -8,7 +8,6 @@ trailer. docs/formats.md has the bytes.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -188,8 +187,7 @@ class LayerWriter:
     `write` appends to the layer file behind its head, `write_head` puts that in front (called once,
     last, where the format has one). So each byte is written once. `leaves` holds the leaf digests.
     `read_back` reads what `write` has written; some warnings are surer with it. `strict`: a layer
-    that would come out wrong in the guest is refused. Who builds one tar in several formats gives
-    them all one `tar_digest` and feeds it himself.
+    that would come out wrong in the guest is refused.
 
     Sinks and `finish` raise FormatError, UnsupportedError and LimitExceeded, and what `write` and
     `leaves` raise.
@@ -209,7 +207,6 @@ class LayerWriter:
         self.format = layer_format
         self._write_raw, self._write_head, self._leaves, self._limits = write, write_head, leaves, limits
         self._strict = strict
-        self.tar_digest = hashlib.sha256()  # its hash is the diff ID
         self._index = _index_writer(layer_format, limits, read_back)
         self._writer = VerifiedWriter(write, leaves, layer_format.params)
         # The head's place is taken now; its bytes, and their digests, follow last.
@@ -218,7 +215,7 @@ class LayerWriter:
 
     def sinks(self) -> tuple[Callable[[Buffer], None], ...]:
         """Independent of each other; each sees every piece of the tar once, in order."""
-        return (self.tar_digest.update, self._writer.hash, self._store, self._index.feed)
+        return (self._writer.hash, self._store, self._index.feed)
 
     def feed(self, data: Buffer) -> None:
         for sink in self.sinks():
@@ -229,10 +226,10 @@ class LayerWriter:
         if self._writer.size_bytes - self.format.tar_offset_bytes > self._limits.tar_bytes:
             raise LimitExceeded(f"layer is over the limit of {self._limits.tar_bytes} bytes")
 
-    def finish(self) -> BuiltLayer:
+    def finish(self, diff_id: bytes) -> BuiltLayer:
+        """`diff_id`: the sha256 of the tar, raw; the caller's to compute, since several formats share it."""
         params, writer = self.format.params, self._writer
         tar_size = writer.size_bytes - self.format.tar_offset_bytes
-        diff_id = self.tar_digest.digest()
         index = self._index.write(writer, tar_size, diff_id)
         warnings = {name: count for name, count in index.warnings.items() if count}
         if self._strict and not FAULTS.isdisjoint(warnings):

@@ -8,7 +8,8 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from blockdev.errors import BlockdevError, DigestMismatch, LimitExceeded
@@ -16,6 +17,7 @@ from blockdev.formats.layer_file import format_named
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.workers import protocol
 from blockdev.workers.pipeline import Pipeline
+from blockdev.workers.ring import RingReader, RingWriter
 from verity.buffers import Buffer
 from verity.hasher import LeafStore
 
@@ -93,7 +95,7 @@ def _fill(fd: int, view: memoryview) -> int:
 
 
 class _Blob:
-    """The compressed bytes: hashed whole, whatever becomes of them behind the pipe."""
+    """The compressed bytes: hashed whole, whatever becomes of them behind the ring."""
 
     def __init__(self, fd: int, expected_size_bytes: int | None, hasher: _Hash) -> None:
         self._fd, self._expected, self.hasher = fd, expected_size_bytes, hasher
@@ -111,16 +113,15 @@ class _Blob:
             raise DigestMismatch(f"blob is longer than its {self._expected} bytes")
         return size
 
-    def pump(self, into_fd: int) -> None:
+    def pump(self, into: RingWriter) -> None:
         """Thread: everything into the decompressor, hashed on the way."""
         open_end = True
 
         def write(piece: Buffer) -> None:
             nonlocal open_end
-            rest = memoryview(piece)
             try:
-                while rest and open_end:
-                    rest = rest[os.write(into_fd, rest) :]
+                if open_end:
+                    into.write(piece)
             except BrokenPipeError:
                 open_end = False  # it has failed and says why; the digest is still wanted
 
@@ -131,7 +132,7 @@ class _Blob:
         except BaseException as error:
             self.error = error
         finally:
-            os.close(into_fd)
+            into.close()
 
     def finish(self, hasher: Callable[[Buffer], None]) -> None:
         view = memoryview(bytearray(protocol.PIECE_BYTES))
@@ -150,47 +151,58 @@ class _Blob:
         return digest
 
 
+def _layer_writers(parameters: protocol.BuilderParameters) -> Iterator[tuple[StagedFile, LeafStore, LayerWriter]]:
+    for output in parameters.outputs:
+        layer_format = format_named(output.format)
+        staged = StagedFile(output.staged_fd, layer_format.tar_offset_bytes)
+        leaves = LeafStore(threshold_bytes=_LEAVES_IN_MEMORY_BYTES, spool_fd=output.spool_fd)
+        yield (
+            staged,
+            leaves,
+            LayerWriter(
+                layer_format,
+                write=staged.write,
+                write_head=staged.write_head,
+                read_back=staged.read,
+                leaves=leaves,
+                limits=parameters.limits,
+                strict=parameters.strict,
+            ),
+        )
+
+
 def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
-    layer_format = format_named(parameters.format)
-    staged = StagedFile(parameters.staged_fd, layer_format.tar_offset_bytes)
-    leaves = LeafStore(threshold_bytes=_LEAVES_IN_MEMORY_BYTES, spool_fd=parameters.spool_fd)
-    layer = LayerWriter(
-        layer_format,
-        write=staged.write,
-        write_head=staged.write_head,
-        read_back=staged.read,
-        leaves=leaves,
-        limits=parameters.limits,
-    )
-    plain = parameters.tar_fd < 0
-    tar_digest = layer.tar_digest
-    blob = _Blob(parameters.blob_fd, parameters.expected_size_bytes, tar_digest if plain else hashlib.sha256())
+    files = list(_layer_writers(parameters))
+    tar_digest = hashlib.sha256()
+    tar = RingReader(parameters.tar) if parameters.tar else None
+    blob = _Blob(parameters.blob_fd, parameters.expected_size_bytes, hashlib.sha256() if tar else tar_digest)
     pump: threading.Thread | None = None
-    if not plain:
-        pump = threading.Thread(target=blob.pump, args=(parameters.compressed_fd,), daemon=True)
+    if parameters.compressed:
+        pump = threading.Thread(target=blob.pump, args=(RingWriter(parameters.compressed),), daemon=True)
         pump.start()
     total = 0
 
     def fill(view: memoryview) -> int:
         nonlocal total
-        size = blob.read(view) if plain else _fill(parameters.tar_fd, view)
+        size = tar.read_into(view) if tar else blob.read(view)
         total += size
         limits = parameters.limits
         # Of the whole blob: what was read of it by now depends on how the processes happened to run.
         compressed = max(blob.size_bytes, parameters.expected_size_bytes or 0)
-        if not plain and total > max(limits.expansion_floor_bytes, limits.expansion_ratio * compressed):
+        if tar and total > max(limits.expansion_floor_bytes, limits.expansion_ratio * compressed):
             raise LimitExceeded(f"blob of {compressed} bytes expands more than {limits.expansion_ratio} times")
         return size
 
     failure: BaseException | None = None
-    built: BuiltLayer | None = None
+    built: list[BuiltLayer] = []
     try:
-        Pipeline(layer.sinks(), pieces=_PIECES, piece_bytes=protocol.PIECE_BYTES).run(fill)
-        built = layer.finish()
+        sinks = [tar_digest.update, *(sink for _, _, layer in files for sink in layer.sinks())]
+        Pipeline(sinks, pieces=_PIECES, piece_bytes=protocol.PIECE_BYTES).run(fill)
+        built = [layer.finish(tar_digest.digest()) for _, _, layer in files]
     except (BlockdevError, OSError) as error:
         failure = error
-    if pump is not None:
-        os.close(parameters.tar_fd)  # a failed build lets the decompressor go
+    if tar and pump:
+        tar.close()  # a failed build lets the decompressor go
         pump.join()
     elif failure is not None and blob.error is None and not isinstance(failure, DigestMismatch):
         blob.finish(tar_digest.update)
@@ -198,27 +210,36 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
     digest = blob.check(parameters.expected_digest)
     if failure is not None:
         raise failure
-    assert built is not None
-    staged.sync()
+    started = time.monotonic()
+    for staged, _, _ in files:
+        staged.sync()
+    waited = time.monotonic() - started
+    spooled = sum(leaves.bytes_spooled for _, leaves, _ in files)
     return {
-        "format": built.format,
-        "diff_id": "sha256:" + built.diff_id.hex(),
-        "root_hash": built.root_hash.hex(),
-        "tar_size_bytes": built.tar_size_bytes,
-        "data_size_bytes": built.data_size_bytes,
-        "tree_size_bytes": built.tree_size_bytes,
-        "file_size_bytes": built.file_size_bytes,
-        "entries": built.entries,
+        "diff_id": "sha256:" + tar_digest.hexdigest(),
+        "tar_size_bytes": total,
         "blob_digest": digest,
         "blob_size_bytes": blob.size_bytes,
-        "warnings": built.warnings,
-        "usage": {"builder": {**protocol.usage(), "spooled_bytes": leaves.bytes_spooled}},
+        "layers": [
+            {
+                "format": layer.format,
+                "root_hash": layer.root_hash.hex(),
+                "data_size_bytes": layer.data_size_bytes,
+                "tree_size_bytes": layer.tree_size_bytes,
+                "file_size_bytes": layer.file_size_bytes,
+                "entries": layer.entries,
+                "warnings": layer.warnings,
+            }
+            for layer in built
+        ],
+        "usage": {"builder": {**protocol.usage(), "spooled_bytes": spooled, "sync_wait_seconds": round(waited, 3)}},
     }
 
 
 def main() -> None:
     parameters = protocol.BuilderParameters.decode(sys.argv[1])
-    protocol.settle(parameters.parent_pid, address_space_bytes=parameters.limits.metadata_bytes + _ADDRESS_SPACE_BYTES)
+    metadata_bytes = parameters.limits.metadata_bytes * len(parameters.outputs)
+    protocol.settle(parameters.parent_pid, address_space_bytes=metadata_bytes + _ADDRESS_SPACE_BYTES)
     protocol.answer(1, lambda: _work(parameters))
 
 

@@ -17,26 +17,29 @@ from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.layer_file import format_named
 from blockdev.formats.limits import Limits
 from blockdev.workers import protocol
+from blockdev.workers.protocol import Output
+from blockdev.workers.ring import RingEnd, make_ring
 
+_COMPRESSED_PIECES: Final = 4
+_TAR_PIECES: Final = 8
 _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """Descriptors stay the caller's. `staged_fd` and `spool_fd` are empty, writable files.
+    """Descriptors stay the caller's. One pass over the blob makes all `outputs`, of different formats.
 
     `layer_name` goes into every error. With `expected_digest` and `expected_size_bytes` the blob is
-    checked against them.
+    checked against them. `strict`: see LayerWriter.
     """
 
     blob_fd: int
-    staged_fd: int
-    spool_fd: int
-    format: str
+    outputs: tuple[Output, ...]
     media_type: str
     layer_name: str
     expected_digest: str | None = None
     expected_size_bytes: int | None = None
+    strict: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -58,53 +61,55 @@ class BuildRecord:
     usage: dict[str, dict[str, float]]
 
 
-async def run_build(request: BuildRequest) -> BuildRecord:
-    """Build one layer file. Cancelling kills both processes.
+async def run_build(request: BuildRequest) -> list[BuildRecord]:
+    """Build the layer files of one layer, one record for each output. Cancelling kills both processes.
 
     Raises UnsupportedError, FormatError, CompressionError, LimitExceeded, DigestMismatch, NoSpace or
     BuildFailed; the message begins with `layer_name`.
     """
     try:
-        format_named(request.format)
+        for output in request.outputs:
+            format_named(output.format)
         return await _run(request, compression_of(request.media_type))
     except BlockdevError as error:
         raise type(error)(f"layer {request.layer_name}: {error}") from None
 
 
-async def _run(request: BuildRequest, compression: Compression) -> BuildRecord:
-    with ExitStack() as reports, ExitStack() as pipes:
-        compressed_read = compressed_write = tar_read = tar_write = -1
+async def _run(request: BuildRequest, compression: Compression) -> list[BuildRecord]:
+    with ExitStack() as reports, ExitStack() as rings:
+        # (writer's end, reader's end)
+        compressed = tar = None
         if compression is not Compression.NONE:
-            compressed_read, compressed_write = _pipe(pipes)
-            tar_read, tar_write = _pipe(pipes)
+            compressed = _ring(rings, _COMPRESSED_PIECES)
+            tar = _ring(rings, _TAR_PIECES)
         parameters = protocol.BuilderParameters(
             blob_fd=request.blob_fd,
-            compressed_fd=compressed_write,
-            tar_fd=tar_read,
-            staged_fd=request.staged_fd,
-            spool_fd=request.spool_fd,
-            format=request.format,
+            compressed=compressed[0] if compressed else None,
+            tar=tar[1] if tar else None,
+            outputs=request.outputs,
+            strict=request.strict,
             expected_digest=request.expected_digest,
             expected_size_bytes=request.expected_size_bytes,
             limits=request.limits,
             parent_pid=os.getpid(),
         )
-        kept = [request.blob_fd, request.staged_fd, request.spool_fd, compressed_write, tar_read]
+        kept = {request.blob_fd, *(fd for output in request.outputs for fd in (output.staged_fd, output.spool_fd))}
+        for end in (parameters.compressed, parameters.tar):
+            kept.update(end.descriptors() if end else ())
         workers: list[_Worker] = []
         try:
             report = _report_file(reports)
-            builder = await _start(
-                "builder", parameters.encode(), stdout=report, pass_fds=[fd for fd in kept if fd >= 0]
-            )
+            builder = await _start("builder", parameters.encode(), stdout=report, pass_fds=kept)
             workers.append(_Worker(builder, report))
-            if compression is not Compression.NONE:
+            if compressed and tar:
+                ends = protocol.DecompressorParameters(compression.value, compressed[1], tar[0], os.getpid())
                 report = _report_file(reports)
                 decompressor = await _start(
-                    "decompressor", compression.value, str(os.getpid()),
-                    stdin=compressed_read, stdout=tar_write, stderr=report,
+                    "decompressor", ends.encode(), stdout=asyncio.subprocess.DEVNULL, stderr=report,
+                    pass_fds={*ends.compressed.descriptors(), *ends.tar.descriptors()},
                 )  # fmt: skip
                 workers.append(_Worker(decompressor, report))
-            pipes.close()  # or no end of one would ever be seen
+            rings.close()  # or no end of one would ever be seen
             await asyncio.gather(*(worker.process.wait() for worker in workers))
             return _verdict([worker.report() for worker in workers])
         finally:
@@ -148,7 +153,7 @@ def _report_file(ends: ExitStack) -> int:
     return fd
 
 
-def _verdict(reports: list[dict[str, Any]]) -> BuildRecord:
+def _verdict(reports: list[dict[str, Any]]) -> list[BuildRecord]:
     """The cause of several failures, where one brought about the others.
 
     A rotten blob explains all else. A builder that the disk or the kernel failed explains a stream cut
@@ -171,7 +176,7 @@ def _verdict(reports: list[dict[str, Any]]) -> BuildRecord:
             report["usage"]["decompressor"] = {
                 name: float(reports[1][name]) for name in ("cpu_seconds", "peak_rss_bytes")
             }
-        return BuildRecord(**report)
+        return [BuildRecord(**report, **layer) for layer in report.pop("layers")]
     except (KeyError, TypeError, ValueError) as error:
         raise BuildFailed(f"a report that makes no sense: {error!r}") from None
 
@@ -196,13 +201,9 @@ async def _start(program: str, *arguments: str, **options: Any) -> asyncio.subpr
         raise BuildFailed(f"a build process could not be started: {error}") from None
 
 
-def _pipe(ends: ExitStack) -> tuple[int, int]:
+def _ring(ends: ExitStack, pieces: int) -> tuple[RingEnd, RingEnd]:
     """Raises BuildFailed."""
     try:
-        read, write = os.pipe2(os.O_CLOEXEC)
+        return make_ring(ends, slots=pieces, slot_bytes=protocol.PIECE_BYTES)
     except OSError as error:
-        raise BuildFailed(f"no pipe for a build: {error}") from None
-    ends.callback(os.close, read)
-    ends.callback(os.close, write)
-    protocol.enlarge_pipe(write)
-    return read, write
+        raise BuildFailed(f"no memory or descriptors for a build: {error}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
@@ -13,18 +12,17 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from blockdev import errors
 from blockdev.formats.limits import Limits
+from blockdev.workers.ring import RingEnd
 
 # Linux: include/uapi/linux/prctl.h, include/uapi/linux/fcntl.h
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
-_PIPE_BYTES: Final = 1 << 20
 PIECE_BYTES: Final = 1 << 20
 MESSAGE_BYTES_MAX: Final = 64 << 10
 
@@ -43,15 +41,23 @@ _KINDS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class BuilderParameters:
-    """File descriptor numbers are the builder's own; -1 where there is none."""
+class Output:
+    """One layer file of a build: `staged_fd` and `spool_fd` are empty files that can be read and written."""
 
-    blob_fd: int
-    compressed_fd: int  # to the decompressor
-    tar_fd: int  # from the decompressor
+    format: str
     staged_fd: int
     spool_fd: int
-    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderParameters:
+    """File descriptor numbers are the builder's own. A plain blob needs no decompressor, and so no rings."""
+
+    blob_fd: int
+    compressed: RingEnd | None  # to the decompressor
+    tar: RingEnd | None  # from it
+    outputs: tuple[Output, ...]
+    strict: bool
     expected_digest: str | None
     expected_size_bytes: int | None
     limits: Limits
@@ -63,7 +69,37 @@ class BuilderParameters:
     @classmethod
     def decode(cls, text: str) -> BuilderParameters:
         fields = json.loads(text)
-        return cls(**{**fields, "limits": Limits(**fields["limits"])})
+        return cls(
+            **{
+                **fields,
+                "compressed": _ring_end(fields["compressed"]),
+                "tar": _ring_end(fields["tar"]),
+                "outputs": tuple(Output(**output) for output in fields["outputs"]),
+                "limits": Limits(**fields["limits"]),
+            }
+        )
+
+
+def _ring_end(fields: dict[str, int] | None) -> RingEnd | None:
+    return RingEnd(**fields) if fields is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class DecompressorParameters:
+    """File descriptor numbers are the decompressor's own."""
+
+    compression: str
+    compressed: RingEnd
+    tar: RingEnd
+    parent_pid: int
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> DecompressorParameters:
+        fields = json.loads(text)
+        return cls(**{**fields, "compressed": RingEnd(**fields["compressed"]), "tar": RingEnd(**fields["tar"])})
 
 
 def usage() -> dict[str, float | int]:
@@ -93,11 +129,6 @@ def encode_error(error: BaseException) -> dict[str, str]:
 
 def decode_error(reply: dict[str, Any]) -> errors.BlockdevError:
     return _KINDS.get(str(reply.get("error")), errors.BuildFailed)(str(reply.get("message")))
-
-
-def enlarge_pipe(fd: int) -> None:
-    with suppress(OSError):  # an unprivileged user has a quota of pipe pages; the default size works too
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def settle(parent_pid: int, *, address_space_bytes: int, file_size_bytes: int | None = None) -> None:

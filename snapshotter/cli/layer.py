@@ -17,6 +17,7 @@ from blockdev.formats.compression import MEDIA_TYPES, detect
 from blockdev.formats.layer_file import LayerFile, format_named, open_layer_file
 from blockdev.formats.layer_reader import index_reader
 from blockdev.workers.launch import BuildRequest, run_build
+from blockdev.workers.protocol import Output
 from verity.errors import VerityError
 from verity.table import dm_table
 from verity.verify import verify_all
@@ -34,14 +35,12 @@ def build(source: Path, output: Path, format: str) -> dict[str, Any]:
         try:
             request = BuildRequest(
                 blob_fd=blob.fileno(),
-                staged_fd=fd,
-                spool_fd=spool.fileno(),
-                format=format,
+                outputs=(Output(format, fd, spool.fileno()),),
                 media_type=media_type,
                 layer_name=str(source),
                 expected_size_bytes=os.fstat(blob.fileno()).st_size,
             )
-            record = asyncio.run(run_build(request))
+            [record] = asyncio.run(run_build(request))
             os.fchmod(fd, 0o444)
             os.rename(staged, output)
         except BaseException:

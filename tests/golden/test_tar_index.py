@@ -32,7 +32,7 @@ def build(tar: bytes, piece_bytes: int = 1 << 20) -> tuple[BuiltLayer, bytes]:
     writer = LayerWriter(FORMATS["tar-index"], write=out.write, write_head=write_head, leaves=leaves, limits=Limits())
     for at in range(0, len(tar), piece_bytes):
         writer.feed(tar[at : at + piece_bytes])
-    built = writer.finish()
+    built = writer.finish(hashlib.sha256(tar).digest())
     leaves.close()
     return built, out.getvalue()
 

@@ -40,7 +40,7 @@ def build(tar: bytes, layer_format: str = "tarfs", piece_bytes: int = 1 << 20) -
     )
     for at in range(0, len(tar), piece_bytes):
         writer.feed(tar[at : at + piece_bytes])
-    built = writer.finish()
+    built = writer.finish(hashlib.sha256(tar).digest())
     leaves.close()
     return built, bytes(out)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import struct
 import tarfile
@@ -40,7 +41,7 @@ def build(*pieces: bytes) -> tuple[BuiltLayer, bytes]:
         )
         for piece in pieces:
             writer.feed(piece)
-        built = writer.finish()
+        built = writer.finish(hashlib.sha256(b"".join(pieces)).digest())
     finally:
         leaves.close()
     return built, heads[0] + bytes(out)

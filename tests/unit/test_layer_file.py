@@ -55,7 +55,7 @@ def built(tar: bytes, limits: Limits | None = None, pieces: int = 1 << 20) -> tu
         for at in range(0, len(tar), pieces):
             writer.feed(tar[at : at + pieces])
         assert heads == []
-        result = writer.finish()
+        result = writer.finish(hashlib.sha256(tar).digest())
     finally:
         leaves.close()
     (head,) = heads

@@ -29,6 +29,7 @@ from blockdev.errors import (
 from blockdev.formats.limits import Limits
 from blockdev.workers import launch
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
+from blockdev.workers.protocol import Output
 from tests.golden import make_tars
 from tests.golden.test_tar_index import build as build_here
 
@@ -43,6 +44,11 @@ def big_tar(size_bytes: int = 8 << 20) -> bytes:
 
 def digest_of(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+async def one(builds: Awaitable[list[BuildRecord]]) -> BuildRecord:
+    [record] = await builds
+    return record
 
 
 Run = Callable[..., Awaitable[BuildRecord]]
@@ -62,12 +68,13 @@ def run(tmp_path: Path) -> Iterator[Run]:
             (tmp_path / "blob").write_bytes(blob)
             blob_fd = os.open(tmp_path / "blob", os.O_RDONLY)
             stack.callback(os.close, blob_fd)
+            output: dict[str, Any] = {"format": "tar-index", "staged_fd": file("staged"), "spool_fd": file("spool")}
+            output |= {name: fields.pop(name) for name in output.keys() & fields.keys()}
             request = {
-                "blob_fd": blob_fd, "staged_fd": file("staged"), "spool_fd": file("spool"), "format": "tar-index",
-                "media_type": LAYER + suffix, "layer_name": "some layer", "expected_digest": digest_of(blob),
-                "expected_size_bytes": len(blob),
+                "blob_fd": blob_fd, "outputs": (Output(**output),), "media_type": LAYER + suffix,
+                "layer_name": "some layer", "expected_digest": digest_of(blob), "expected_size_bytes": len(blob),
             }  # fmt: skip
-            return run_build(BuildRequest(**{**request, **fields}))
+            return one(run_build(BuildRequest(**{**request, **fields})))
 
         yield start
     assert not children()
