@@ -15,16 +15,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Final
 
 from bench.layers import MEDIA_TYPES
 from blockdev.formats.compression import Compression, decompress
-from blockdev.formats.layer_file import HEAD_BYTES
+from blockdev.formats.layer_file import HEAD_BYTES, format_named
+from blockdev.formats.layer_writer import VerifiedWriter, index_writer
+from blockdev.formats.limits import Limits
 from blockdev.workers.builder import StagedFile
-from blockdev.workers.launch import BuildRequest, run_build
+from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.protocol import Output
 from verity import veritysetup
-from verity.hasher import leaf_digests
+from verity.hasher import LeafStore, leaf_digests
 from verity.params import PRESETS
 
 PIECE_BYTES: Final = 1 << 20
@@ -60,9 +63,10 @@ def sha256(path: str) -> dict[str, Any]:
     return _pieces(path, hashlib.sha256().update)
 
 
-def leaves(path: str) -> dict[str, Any]:
-    block = _PARAMS.data_block_bytes
-    return _pieces(path, lambda view: leaf_digests(view[: len(view) - len(view) % block], _PARAMS))
+def leaves(path: str, layer_format: str) -> dict[str, Any]:
+    params = format_named(layer_format).params
+    block = params.data_block_bytes
+    return _pieces(path, lambda view: leaf_digests(view[: len(view) - len(view) % block], params))
 
 
 def write(size: str, directory: str) -> dict[str, Any]:
@@ -78,33 +82,69 @@ def write(size: str, directory: str) -> dict[str, Any]:
         return {"bytes": int(size), "seconds": _elapsed()}
 
 
-def build(kind: str, path: str, directory: str, layer_format: str = "tar-index") -> dict[str, Any]:
-    """The whole, as the daemon does it."""
-    with (
-        open(path, "rb", buffering=0) as blob,
-        tempfile.TemporaryFile(dir=directory) as staged,
-        tempfile.TemporaryFile(dir=directory) as spool,
-    ):
-        [record] = asyncio.run(
-            run_build(
-                BuildRequest(
-                    blob_fd=blob.fileno(),
-                    outputs=(Output(layer_format, staged.fileno(), spool.fileno()),),
-                    media_type=MEDIA_TYPES[kind],
-                    layer_name=path,
-                    expected_size_bytes=os.path.getsize(path),
-                )
-            )
-        )
-        seconds = _elapsed()
+def _request(files: ExitStack, kind: str, path: str, directory: str, *layer_formats: str) -> BuildRequest:
+    """A build as the daemon does it; `files` holds what it reads and writes."""
+
+    def empty() -> int:
+        return files.enter_context(tempfile.TemporaryFile(dir=directory)).fileno()
+
+    return BuildRequest(
+        blob_fd=files.enter_context(open(path, "rb", buffering=0)).fileno(),
+        outputs=tuple(Output(name, empty(), empty()) for name in layer_formats),
+        media_type=MEDIA_TYPES[kind],
+        layer_name=path,
+        expected_size_bytes=os.path.getsize(path),
+    )
+
+
+def _build(*arguments: str) -> BuildRecord:
+    with ExitStack() as files:
+        return asyncio.run(run_build(_request(files, *arguments)))[0]
+
+
+def build(kind: str, path: str, directory: str, *layer_formats: str) -> dict[str, Any]:
+    """One pass, a layer file for each format. The facts are those of the first one."""
+    record = _build(kind, path, directory, *layer_formats)
     return {
-        "seconds": seconds,
+        "seconds": _elapsed(),
         "root_hash": record.root_hash,
         "entries": record.entries,
         "file_size_bytes": record.file_size_bytes,
         "data_size_bytes": record.data_size_bytes,
         "usage": record.usage,
     }
+
+
+def index(path: str, layer_format: str) -> dict[str, Any]:
+    """The work in Python for each entry: scanning, the tree, the index; no data hashed or written."""
+    chosen = format_named(layer_format)
+    index = index_writer(chosen, Limits(), None)
+    started = time.process_time()
+    read = _pieces(path, index.feed)
+    seconds = time.process_time() - started
+    out = VerifiedWriter(lambda data: None, LeafStore(), chosen.params)
+    out.size_bytes = chosen.tar_offset_bytes + read["bytes"]
+    started = time.process_time()
+    entries = index.write(out, read["bytes"], bytes(32)).entries
+    return {"entries": entries, "work_seconds": seconds + time.process_time() - started}
+
+
+def pair(*arguments: str) -> dict[str, Any]:
+    """Two builds one after the other, then two at once."""
+
+    async def at_once(*requests: BuildRequest) -> None:
+        await asyncio.gather(*map(run_build, requests))
+
+    started = time.monotonic()
+    for _ in range(2):
+        _build(*arguments)
+    one_by_one = time.monotonic() - started
+    os.sync()
+    with ExitStack() as files:
+        started = time.monotonic()
+        asyncio.run(at_once(*(_request(files, *arguments) for _ in range(2))))
+        seconds = time.monotonic() - started
+    return {"seconds": seconds, "one_by_one_seconds": one_by_one}
 
 
 def veritysetup_format(path: str, data_size: str, directory: str) -> dict[str, Any]:
@@ -121,6 +161,8 @@ STAGES: Final[dict[str, Callable[..., dict[str, Any]]]] = {
     "leaves": leaves,
     "write": write,
     "build": build,
+    "index": index,
+    "pair": pair,
     "veritysetup": veritysetup_format,
 }
 

@@ -175,7 +175,7 @@ class _TarfsIndexWriter:
         return Index(entries, self._writer.warnings())
 
 
-def _index_writer(layer_format: Format, limits: Limits, read_back: ReadAt | None) -> IndexWriter:
+def index_writer(layer_format: Format, limits: Limits, read_back: ReadAt | None) -> IndexWriter:
     if layer_format.name in _DIALECTS:
         return _TarfsIndexWriter(layer_format, limits, read_back)
     return TarIndexWriter(layer_format, limits)
@@ -207,7 +207,7 @@ class LayerWriter:
         self.format = layer_format
         self._write_raw, self._write_head, self._leaves, self._limits = write, write_head, leaves, limits
         self._strict = strict
-        self._index = _index_writer(layer_format, limits, read_back)
+        self._index = index_writer(layer_format, limits, read_back)
         self._writer = VerifiedWriter(write, leaves, layer_format.params)
         # The head's place is taken now; its bytes, and their digests, follow last.
         self._writer.hash(bytes(layer_format.tar_offset_bytes))
