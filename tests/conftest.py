@@ -32,10 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = os.geteuid() == 0
     missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
     releases = set(harness.releases())
-    if os.environ.get("TARDEV_SET_UP") and (missing or releases != {"system", "later"}):
+    unpacker = harness.UNPACK.exists()
+    if os.environ.get("TARDEV_SET_UP") and (missing or releases != {"system", "later"} or not unpacker):
         # ./dev has set all of this up: what is not here now is a fault of it, not of the machine.
-        raise pytest.UsageError(f"not there after the set-up: {missing}, containerd: {releases or 'none'}")
+        raise pytest.UsageError(
+            f"not there after the set-up: {missing}, containerd: {releases or 'none'}, its unpacker: {unpacker}"
+        )
     for item in items:
+        if item.get_closest_marker("unpacker") and not unpacker:
+            item.add_marker(pytest.mark.skip(reason="containerd's unpacker is not built; ./dev setup does"))
         if item.get_closest_marker("root") and not root:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("erofs") and not _knows_erofs():

@@ -36,6 +36,7 @@ CACHE = CHECKOUT / ".cache"
 BIN = Path(sys.executable).parent
 SNAPSHOTTER = "tardev-host"
 EROFS_UTILS = CACHE / "forky-erofs" / "root"
+UNPACK = CACHE / "unpack" / "unpack"  # containerd's unpacker: tests/differential/unpack
 # After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
 RETRY_SECONDS = 10.0
 _PROGRAMS = (b"containerd-shim", b"docker-registry", b"tardev-snapshotter", b"blockdev.workers")
