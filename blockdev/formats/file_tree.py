@@ -25,6 +25,7 @@ _WHITEOUT: Final = b".wh."
 _WHITEOUT_META: Final = b".wh..wh."
 _OPAQUE: Final = b".wh..wh..opq"
 _DOT: Final = ord(".")
+_NAMELESS: Final = (b"", b"user.", b"security.")
 _CAPABILITY: Final = b"security.capability"
 # About what each takes in memory beside its text, on CPython for 64 bits.
 _INODE_COST_BYTES: Final = 320
@@ -35,6 +36,7 @@ _XATTR_COST_BYTES: Final = 220
 _FOLLOWED_AT_ONCE: Final = 1 << 20
 _FOLLOWED_PER_MEMBER: Final = 64
 
+_SETGID: Final = 0o2000
 S_IFSOCK: Final = 0o140000
 S_IFLNK: Final = 0o120000
 S_IFREG: Final = 0o100000
@@ -92,6 +94,9 @@ class FileTree:
         self._followed_left = _FOLLOWED_AT_ONCE
         # Archives list a directory's members together: the last parent is usually the next one too.
         self._last_parent: tuple[bytes, Directory] | None = None
+        # Names and times of directories with entries: the times are set at the end, by name.
+        self._directory_times: list[tuple[bytes, tuple[int, int]]] = []
+        self._names_moved = False  # a directory or symlink was replaced: a name may lead elsewhere at the end
         self.dropped_xattrs = 0
         self.invented_directories = 0
 
@@ -153,10 +158,17 @@ class FileTree:
 
     def _directory(self, parts: list[bytes]) -> Directory:
         found = self._walk(parts, make=True)
-        assert found is not None
+        assert isinstance(found, Directory)
         return found
 
-    def _walk(self, parts: list[bytes], *, make: bool) -> Directory | None:
+    def _find(self, path: bytes) -> Inode | None:
+        """What is at a path, the last symlink followed, too."""
+        try:
+            return self._walk(self._split(path), make=False, any_type=True)
+        except FormatError:
+            return None
+
+    def _walk(self, parts: list[bytes], *, make: bool, any_type: bool = False) -> Inode | None:
         """The directory at `parts`, symlinks followed inside the layer's root."""
         stack = [self.root]
         todo = parts[::-1]
@@ -179,7 +191,10 @@ class FileTree:
                 if self.invented_directories > self._limits.entries:
                     raise LimitExceeded(f"more than {self._limits.entries} directories without entries")
                 self._charge(len(name) + _DIRECTORY_COST_BYTES)
-                child = stack[-1].children[name] = Directory()
+                child = Directory()
+                if stack[-1].mode & _SETGID:
+                    child.gid = stack[-1].gid
+                stack[-1].children[name] = child
             if isinstance(child, Directory):
                 stack.append(child)
             elif child.link:
@@ -193,6 +208,8 @@ class FileTree:
                 if self._followed_left < 0:
                     raise LimitExceeded("too many symlinks in the paths of parents")
                 todo += parts
+            elif any_type and not todo:
+                return child
             else:
                 raise FormatError(f"parent is not a directory: {name!r}")
         return stack[-1]
@@ -217,6 +234,7 @@ class FileTree:
         node.mode = S_IFDIR | member.mode
         node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime
         node.explicit = True
+        self._directory_times.append((member.name, member.mtime))
         self._join_xattrs(node, member.xattrs)
 
     def _add_hardlink(self, parent: Directory, base: bytes, member: Member) -> None:
@@ -224,9 +242,11 @@ class FileTree:
             self._replace(parent, base, None)
         parts = self._split(member.link)
         target: Inode | None = None
-        if parts:
+        if member.link.endswith((b"/", b"/.")):
+            target = self._find(member.link)
+        elif parts:
             holder = self._walk(parts[:-1], make=False)
-            target = holder.children.get(parts[-1]) if holder else None
+            target = holder.children.get(parts[-1]) if isinstance(holder, Directory) else None
         if target is None:
             raise FormatError(f"hardlink target not earlier in this layer: {member.link[:200]!r}")
         if isinstance(target, Directory):
@@ -260,6 +280,7 @@ class FileTree:
         old = parent.children.get(base)
         if isinstance(old, Directory) or (old is not None and old.link):
             self._last_parent = None  # it may have led through what goes now
+            self._names_moved = True
         if node is None:
             del parent.children[base]
         else:
@@ -267,7 +288,9 @@ class FileTree:
 
     def _join_xattrs(self, node: Inode, xattrs: dict[bytes, bytes]) -> None:
         for name, value in xattrs.items():
-            if not _representable(name, node.mode):
+            if name in _NAMELESS or (len(name) > NAME_BYTES_MAX and not name.startswith(b"trusted.")):
+                raise FormatError(f"xattr name of {len(name)} bytes: {name[:80]!r}")
+            if not _representable(name, node.mode) or _says_nothing(name, value):
                 self.dropped_xattrs += 1
                 continue
             self._set_xattr(node, name, value)
@@ -298,6 +321,13 @@ class FileTree:
         Each inode stands at its first name; nlink is set. Call once.
         """
         self._last_parent = None
+        if self._names_moved:
+            for path, mtime in self._directory_times:
+                found = self._find(path)
+                if found is None:
+                    raise FormatError(f"directory {path[:200]!r} is gone when its time is set")
+                if found is not self.root:
+                    found.mtime = mtime
         self.root.number = 0
         order: list[Inode] = [self.root]
         for node in order:  # grows while it is walked: that is the breadth-first queue
@@ -328,6 +358,16 @@ def sorted_children(node: Directory) -> Iterator[tuple[bytes, Inode]]:
     children = node.children
     for name in sorted(children):
         yield name, children[name]
+
+
+def _says_nothing(name: bytes, value: bytes) -> bool:
+    """An ACL that the kernel takes and does not keep: without entries, of a version it does not know, or the mode's."""
+    if not name.startswith(b"system.posix_acl_"):
+        return False
+    if len(value) <= 4 or value[:4] != b"\2\0\0\0":
+        return True
+    tags = [int.from_bytes(value[at : at + 2], "little") for at in range(4, len(value), 8)]
+    return name.endswith(b"access") and tags == [1, 4, 32] and len(value) == 28
 
 
 def _representable(name: bytes, mode: int) -> bool:

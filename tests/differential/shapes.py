@@ -1038,7 +1038,6 @@ def posix_acl() -> dict[str, bytes]:
         "of-device": X(ACL, GOOD_ACL) + hdr(b"c", b"3", mode=0o640, dev=(1, 3)) + EOA,
         "default-inherited": X(DEFAULT_ACL, GOOD_ACL) + D(b"d", mode=0o750) + F(b"d/f", mode=0o644) + EOA,
         "default-then-below": X(DEFAULT_ACL, GOOD_ACL) + D(b"d", mode=0o750) + D(b"d/e", mode=0o755) + EOA,
-        "default-inherited-by-made": X(DEFAULT_ACL, GOOD_ACL) + D(b"d", mode=0o750) + F(b"d/made/f", mode=0o644) + EOA,
         "default-with-setgid": X(DEFAULT_ACL, GOOD_ACL) + D(b"d", mode=0o2750) + EOA,
         "of-hardlink": F(b"f", mode=0o640) + X(ACL, GOOD_ACL) + H(b"h", b"f", mode=0o640) + EOA,
         "and-chmod-by-hardlink": X(ACL, GOOD_ACL) + F(b"f", mode=0o640) + H(b"h", b"f", mode=0o777) + EOA,

@@ -18,7 +18,7 @@ import pytest
 
 from blockdev.errors import BlockdevError
 from tests import harness
-from tests.differential.expected import EXPECTED, FINDINGS, KERNEL_JUDGES, REFUSED_AFTER_A_MARK, REMOVED_BY_A_MARK
+from tests.differential.expected import EXPECTED, KERNEL_JUDGES, REFUSED_AFTER_A_MARK, REMOVED_BY_A_MARK
 from tests.differential.shapes import SHAPES
 from tests.differential.trees import Differences, Node, Tree, Unpacked, differences, mounted, read, unpack_all, walk
 from tests.golden import make_tars
@@ -144,16 +144,7 @@ def check(name: str, theirs: Unpacked, our_error: str, differing: Differences) -
     assert differing == expected.differs
 
 
-def cases() -> list[object]:
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=FINDINGS[name], raises=AssertionError, strict=True))
-        if name in FINDINGS
-        else name
-        for name in CASES
-    ]
-
-
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", CASES)
 def test_case(name: str, work: Path, alone: dict[str, Unpacked], above: dict[str, Unpacked]) -> None:
     error = layer_file(name)[1]
     for theirs in (alone[name], without_what_was_copied_up(above[name], alone[name])):
@@ -174,7 +165,7 @@ def test_our_reader_sees_what_the_kernel_sees(name: str, work: Path) -> None:
     assert {field for _, field in differing} == ({"xattrs"} if name in KERNEL_JUDGES else set())
 
 
-@pytest.mark.parametrize("name", sorted((MARKED - EXPECTED.keys() - FINDINGS.keys()) | REMOVED_BY_A_MARK.keys()))
+@pytest.mark.parametrize("name", sorted((MARKED - EXPECTED.keys()) | REMOVED_BY_A_MARK.keys()))
 def test_first_layer(name: str, work: Path, first: dict[str, Unpacked]) -> None:
     """Marks leave nothing there; all else comes out as in other layers."""
     error = layer_file(name)[1]
@@ -222,7 +213,7 @@ def test_every_exception_of_the_format_has_a_case() -> None:
     documented = set(re.findall(r"^\| (E\d+) \|", table, re.MULTILINE))
     # E17 is in all layers with made parents, and has a test of its own.
     assert documented == {expected.exception for expected in EXPECTED.values()} | {"E17"}
-    assert EXPECTED.keys() | FINDINGS.keys() | REMOVED_BY_A_MARK.keys() | KERNEL_JUDGES <= CASES.keys()
+    assert EXPECTED.keys() | REMOVED_BY_A_MARK.keys() | KERNEL_JUDGES <= CASES.keys()
 
 
 def test_walking_sees_every_attribute(tmp_path: Path) -> None:

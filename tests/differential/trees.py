@@ -91,7 +91,7 @@ def read(file: bytes) -> Tree:
         tree[entry.path] = Node(
             stat.S_IFMT(entry.mode), stat.S_IMODE(entry.mode), entry.uid, entry.gid,
             seconds * 1_000_000_000 + nanoseconds, entry.nlink, entry.rdev, entry.link, content,
-            frozenset(entry.xattrs.items()), firsts.setdefault(entry.nid, entry.path),
+            frozenset(entry.xattrs.items()), firsts.setdefault(entry.inode, entry.path),
         )  # fmt: skip
     return tree
 

@@ -110,8 +110,9 @@ class Model:
 
     def __init__(self) -> None:
         self.nodes: dict[Place, Node] = {(): Node(tarfile.DIRTYPE)}
+        self.times: list[tuple[list[bytes], tuple[int, int]]] = []  # of directories, by their names
 
-    def follow(self, parts: list[bytes], *, make: bool) -> Place:
+    def follow(self, parts: list[bytes], *, make: bool, last_of_any_type: bool = False) -> Place:
         here: Place = ()
         hops = 0
         while parts:
@@ -124,11 +125,13 @@ class Model:
             node = self.nodes.get((*here, name))
             if node is None and make:
                 node = self.nodes[(*here, name)] = Node(tarfile.DIRTYPE)
+                if self.nodes[here].mode & 0o2000:
+                    node.gid = self.nodes[here].gid
             if node is not None and node.kind == tarfile.SYMTYPE:
                 hops += 1
                 here = () if node.link.startswith(b"/") else here
                 parts = node.link.split(b"/") + parts
-            elif node is not None and node.kind == tarfile.DIRTYPE:
+            elif node is not None and (node.kind == tarfile.DIRTYPE or (last_of_any_type and not parts)):
                 here = (*here, name)
             else:
                 raise Refused
@@ -141,11 +144,11 @@ class Model:
 
     def takes(self, action: Action, *, pax: bool) -> bool:
         """Whether it is sound; without a trace where it is not."""
-        before = dict(self.nodes)
+        before = dict(self.nodes), list(self.times)
         try:
             self.add(action, pax=pax)
         except Refused:
-            self.nodes = before
+            self.nodes, self.times = before
             return False
         return True
 
@@ -158,7 +161,7 @@ class Model:
         if action.kind == tarfile.LNKTYPE:
             self.drop(place)
             target = [part for part in action.link.encode().split(b"/") if part not in (b"", b".")]
-            found = self.nodes.get((*self.follow(target[:-1], make=False), target[-1])) if target else None
+            found = self.target(target, followed=action.link.endswith(("/", "/.")))
             if found is None or found.kind == tarfile.DIRTYPE:
                 raise Refused
             node = self.nodes[place] = found
@@ -172,9 +175,23 @@ class Model:
         node.uid, node.gid = action.uid, action.gid
         quarters = int(action.mtime * 4) if pax else int(action.mtime) * 4
         node.mtime = (quarters // 4, quarters % 4 * 250_000_000) if 0 <= quarters <= 9223372036 * 4 + 3 else (0, 0)
+        if action.kind == tarfile.DIRTYPE:
+            self.times.append((parts, node.mtime))
         for name, value in action.xattrs.items() if pax else ():
             if not name.startswith("user.") or node.kind in (tarfile.REGTYPE, tarfile.DIRTYPE):
                 node.xattrs[name.encode()] = value.encode()
+
+    def target(self, parts: list[bytes], *, followed: bool) -> Node | None:
+        if followed:
+            return self.nodes[self.follow(parts, make=False, last_of_any_type=True)]
+        return self.nodes.get((*self.follow(parts[:-1], make=False), parts[-1])) if parts else None
+
+    def finish(self) -> None:
+        """Directories get their times at the end, by name. Raises Refused where one is gone."""
+        for parts, mtime in self.times:
+            place = self.follow(parts, make=False, last_of_any_type=True)
+            if place:
+                self.nodes[place].mtime = mtime
 
     def links(self, place: Place) -> int:
         node = self.nodes[place]
@@ -250,6 +267,11 @@ def test_a_layer_is_what_its_members_say(members: list[Action], pax: bool) -> No
             sound.append(action)
         else:
             assert outcome(tar_of([*sound, action], pax=pax)) is FormatError
+    try:
+        model.finish()
+    except Refused:
+        assert outcome(tar_of(sound, pax=pax)) is FormatError
+        return
     built, file = build(tar_of(sound, pax=pax))
     entries = walked(file)
     found = {entry.path: entry for entry in entries}
