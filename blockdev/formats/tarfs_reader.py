@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a tarfs index as the kernel module does, with every offset and count in it taken for hostile.
 
-What the module would not show is not shown: names whose inode has no type, and what lies below them.
+What the module would not show is not shown: names whose inode has no type, and what lies below them. Nor are
+names that no program can ask for.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ _S_IFLNK: Final = 0o120000
 _S_IFREG: Final = 0o100000
 _DEVICES: Final = (0o020000, 0o060000)
 _KNOWN: Final = frozenset((_S_IFDIR, _S_IFLNK, _S_IFREG, *_DEVICES, 0o010000, 0o140000))
-_DIRECTORY_BYTES_MAX: Final = 1 << 30
-_PATH_BYTES_MAX: Final = 1 << 20
+_DIRECTORY_BYTES_MAX: Final = 1 << 28
+_PATH_BYTES_MAX: Final = 1 << 20  # also of a name
+_NAMES_BYTES_MAX: Final = 1 << 30  # of all entries with their names
+_PATHS_BYTES_MAX: Final = 1 << 34  # of all paths, which long directories make much more than all names
 
 
 class Reader:
@@ -31,17 +34,20 @@ class Reader:
         self._read_at, self._size = read_at, data_size_bytes
         last = self._read(data_size_bytes - tarfs.BLOCK_BYTES, tarfs.BLOCK_BYTES)
         self.superblock = tarfs.Superblock.unpack(last, data_size_bytes)
+        self._name_bytes = 0  # that the walk has come by
 
     def walk(self) -> Iterator[Entry]:
         """As IndexReader.walk. A directory with two names, which a tarfs layer can have, is refused."""
         todo = [(b"", b"", 1)]
         directories: set[int] = set()
-        name_bytes = 0
+        path_bytes = 0
+        self._name_bytes = 0
         while todo:
             parent, name, number = todo.pop()
+            path_bytes += len(parent) + len(name)
+            if len(parent) + len(name) > _PATH_BYTES_MAX or path_bytes > _PATHS_BYTES_MAX:
+                raise LimitExceeded(f"path of {len(parent) + len(name)} bytes, {path_bytes} in all")
             path = parent + b"/" + name if parent else name
-            if len(path) > _PATH_BYTES_MAX:
-                raise LimitExceeded(f"path of {len(path)} bytes")
             entry = self._entry(path, number)
             if entry is None:
                 continue
@@ -53,11 +59,7 @@ class Reader:
             if number in directories:
                 raise FormatError(f"directory {number} has two names")
             directories.add(number)
-            children = self._children(number, entry)
-            name_bytes += sum(tarfs.DIRENT.size + len(child) for child, _ in children)
-            if name_bytes > self._size:
-                raise LimitExceeded("more names than the data area has room for")
-            todo += [(path, child, inode) for child, inode in reversed(children)]
+            todo += [(path, child, inode) for child, inode in reversed(self._children(number, entry))]
 
     def _read(self, offset: int, size: int) -> bytes:
         if offset < 0 or offset + size > self._size:
@@ -99,14 +101,16 @@ class Reader:
             raise FormatError(f"directory of {directory.size_bytes} bytes")
         table = self._read(self._inode(number)[7], directory.size_bytes)
         found, seen = [], set[bytes]()
-        total = 0
         for inode, at, length, _ in tarfs.DIRENT.iter_unpack(table):
-            total += length
-            if total > self._size:
+            self._name_bytes += tarfs.DIRENT.size + length
+            if self._name_bytes > min(self._size, _NAMES_BYTES_MAX):
                 raise LimitExceeded("more names than the data area has room for")
+            if length > _PATH_BYTES_MAX:
+                raise LimitExceeded(f"name of {length} bytes")
             name = self._read(at, length)
-            if not name or b"/" in name or b"\0" in name or name in (b".", b"..") or name in seen:
+            if b"/" in name or name in seen:
                 raise FormatError(f"directory entry with the name {name[:80]!r}")
             seen.add(name)
-            found.append((name, inode))
+            if name not in (b"", b".", b"..") and b"\0" not in name:
+                found.append((name, inode))
         return found

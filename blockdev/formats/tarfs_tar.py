@@ -8,6 +8,7 @@ Other rules than tar.py's, on purpose: the root hash of a tarfs layer must be th
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +16,17 @@ from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats.limits import Limits
-from blockdev.formats.tar import RECORD_BYTES, RecordStream, record_sum
+from blockdev.formats.tar import RECORD_BYTES, RecordStream, parse_pax, record_sum
 
+# name, mode, uid, gid, size, mtime, checksum, type, link text, magic, device numbers, prefix
+_HEADER: Final = struct.Struct("<100s8s8s8s12s12s8sB100s8s64x8s8s155s12x")
+assert _HEADER.size == RECORD_BYTES
+_USTAR: Final = b"ustar\x0000"
+_GNU: Final = b"ustar  \0"
+_EXTENSIONS: Final = b"LKx"
+_REGULAR: Final = b"0\0"
+_SPARSE: Final = 0x53
+_STAR_PREFIX_BYTES: Final = 131  # star(5): times stand behind it
 _ZERO_RECORD: Final = bytes(RECORD_BYTES)
 _U64: Final = 1 << 64
 # White space as Unicode has it (property White_Space), which is not quite what Python strips.
@@ -45,7 +55,11 @@ class Dialect(enum.Enum):
 
 @dataclass(slots=True)
 class TarfsMember:
-    """One member. None where its header's field makes no sense; offsets from the start of the tar."""
+    """One member. None where its header's field makes no sense; offsets from the start of the tar.
+
+    `faults`: by name (tarfs_writer.FAULTS), how often it is read otherwise than by containerd, or holds
+    what the file system has no place for.
+    """
 
     type: int
     name: bytes
@@ -58,7 +72,7 @@ class TarfsMember:
     device: tuple[int, int] | None
     size_bytes: int
     data_offset_bytes: int
-    xattrs: int  # how many its pax header has; tarfs drops them
+    faults: dict[str, int] | None
 
 
 def _cut(field: bytes) -> bytes:
@@ -104,30 +118,36 @@ class _Pax:
     """
 
     def __init__(self, body: bytes) -> None:
-        self.path: bytes | None = None
-        self.linkpath: bytes | None = None
-        self.xattrs = 0
+        self._body = body
+        self._records: dict[bytes, bytes] = {}
         self._numbers: dict[bytes, int | None] = {}
+        lines = body.split(b"\n")
         good = True
-        for line in body.split(b"\n"):
+        seen = 0
+        for line in lines:
             if not line:
                 break
+            seen += 1
             length, blank, record = line.partition(b" ")
             key, equals, value = record.partition(b"=")
             if not blank or not equals or _decimal(length) != len(line) + 1:
                 good = False
-                continue
-            if key == b"path" and self.path is None:
-                self.path = value
-            elif key == b"linkpath" and self.linkpath is None:
-                self.linkpath = value
-            elif key.startswith(b"SCHILY.xattr."):
-                self.xattrs += 1
-            elif key in (b"size", b"uid", b"gid"):
-                self._numbers.setdefault(key, _decimal(value) if good else None)
+            elif key not in self._records:
+                self._records[key] = value
+                if key in (b"size", b"uid", b"gid"):
+                    self._numbers[key] = _decimal(value) if good else None
+        # Nothing hidden, nothing repeated: then POSIX reads the same.
+        self._plain = good and seen == len(lines) - 1 == len(self._records)
+
+    def text(self, key: bytes) -> bytes | None:
+        return self._records.get(key)
 
     def number(self, key: bytes) -> int | None:
         return self._numbers.get(key)
+
+    def posix(self) -> dict[bytes, bytes]:
+        """The records as POSIX has them. Raises FormatError."""
+        return self._records if self._plain else parse_pax(self._body)
 
 
 class _SparseMap:
@@ -180,30 +200,33 @@ class TarfsScanner(RecordStream):
         self._long_link: bytes | None = None
         self._sparse: tuple[_SparseMap, int] | None = None  # with the size of what follows
         self._members = 0
-
-    def _pending(self) -> bool:
-        return self._pax is not None or self._long_name is not None or self._long_link is not None
+        self._zero_record = False
+        self.hidden_members = False  # headers, or what else, behind a single zero block
 
     def close(self) -> None:
-        if not self._ended:
-            if self._sparse is not None:
-                raise FormatError(f"tar ends inside a sparse map, at byte {self._offset}")
-            super().close()
-            if self._skip:
-                raise FormatError(f"tar ends inside the padding of a member, at byte {self._offset}")
-            self._end()
+        if self._ended or self._zero_record:
+            return
+        if self._sparse is not None:
+            raise FormatError(f"tar ends inside a sparse map, at byte {self._offset}")
+        super().close()
+        if self._skip:
+            raise FormatError(f"tar ends inside the padding of a member, at byte {self._offset}")
+        self._end()
 
     def _end(self) -> None:
-        if self._pending():
+        if self._pax is not None or self._long_name is not None or self._long_link is not None:
             raise FormatError("tar ends with an extended header that no member follows")
-        self._ended = True
 
     def _record(self, record: bytes, end_offset: int) -> None:
         try:
-            if self._sparse is not None:
+            if self._zero_record:
+                self.hidden_members = record != _ZERO_RECORD
+                self._ended = True
+            elif self._sparse is not None:
                 self._extend_sparse(record)
             elif record == _ZERO_RECORD:
                 self._end()
+                self._zero_record = True
             else:
                 self._header(record, end_offset)
         except (FormatError, LimitExceeded) as error:
@@ -220,67 +243,79 @@ class TarfsScanner(RecordStream):
             self._skip_data(size)
 
     def _header(self, record: bytes, end_offset: int) -> None:
-        if _octal(record[148:156]) != record_sum(record) - sum(record[148:156]) + 8 * 0x20:
+        (
+            name_field, mode_field, uid_field, gid_field, size_field, mtime_field, sum_field, kind, link_field, magic,
+            major_field, minor_field, prefix_field,
+        ) = _HEADER.unpack(record)  # fmt: skip
+        if _octal(sum_field) != record_sum(record) - sum(sum_field) + 8 * 0x20:
             raise FormatError("bad header checksum")
-        ustar, gnu = record[257:265] == b"ustar\x0000", record[257:265] == b"ustar  \0"
-        size = _number(record[124:136])
+        size = _number(size_field)
         if size is None:
             raise FormatError("size is no number")
-        pax = self._pax
+        pax, long_name, long_link = self._pax, self._long_name, self._long_link
         if not size and pax is not None:
             size = pax.number(b"size") or 0
         if end_offset + size > self._limits.tar_bytes:
             raise LimitExceeded(f"member of {size} bytes is over the layer limit of {self._limits.tar_bytes} bytes")
-        kind = record[156]
-        if (ustar or gnu) and kind in b"LKx":
+        ustar = magic == _USTAR
+        known = ustar or magic == _GNU
+        if known and kind in _EXTENSIONS:
             self._begin_extension(kind, size)
             return
-        long_name, long_link = self._long_name, self._long_link
-        self._pax = self._long_name = self._long_link = None
         self._members += 1
         if self._members > self._limits.entries:
             raise LimitExceeded(f"more than {self._limits.entries} entries")
 
-        name = _cut(record[:100])
-        if ustar and record[345]:
-            name = _cut(record[345:500]) + b"/" + name
-        link_field = _cut(record[157:257]) or None
-        link = link_field
-        uid, gid = _number(record[108:116]) or 0, _number(record[116:124]) or 0
-        if pax is not None:
-            name = name if pax.path is None else pax.path
-            link = link if pax.linkpath is None else pax.linkpath
-            if self._dialect.pax_ids:
-                pax_uid, pax_gid = pax.number(b"uid"), pax.number(b"gid")
-                uid = uid if pax_uid is None else pax_uid
-                gid = gid if pax_gid is None else pax_gid
-        if long_name is not None:
-            name = long_name.removesuffix(b"\0")
-        if long_link is not None:
-            link = long_link.removesuffix(b"\0")
+        faults: dict[str, int] | None = None
+        name = name_field.split(b"\0", 1)[0]
+        if prefix_field[0]:
+            prefix = _cut(prefix_field)
+            if ustar:
+                name = prefix + b"/" + name
+                odd = len(prefix) > _STAR_PREFIX_BYTES and record[508:] == b"tar\0"
+            else:
+                odd = magic.startswith(b"ustar\0")  # of another version: a name that others know the prefix of
+            if odd:
+                faults = {"misread_headers": 1}
+        link = field = _cut(link_field) if link_field[0] else None
+        uid, gid, mtime = _number(uid_field), _number(gid_field), _number(mtime_field) or 0
+        if pax is not None or long_name is not None or long_link is not None:
+            self._pax = self._long_name = self._long_link = None
+            header_name = name
+            if pax is not None:
+                path, linkpath = pax.text(b"path"), pax.text(b"linkpath")
+                name = name if path is None else path
+                link = link if linkpath is None else linkpath
+                if self._dialect.pax_ids:
+                    pax_uid, pax_gid = pax.number(b"uid"), pax.number(b"gid")
+                    uid = uid if pax_uid is None else pax_uid
+                    gid = gid if pax_gid is None else pax_gid
+            if long_name is not None:
+                name = long_name.removesuffix(b"\0")
+            if long_link is not None:
+                link = long_link.removesuffix(b"\0")
+            faults = _misread(
+                faults, pax, kind, size, uid, gid, mtime, name == (_text(long_name, pax, b"path") or header_name),
+                (link or b"") == (_text(long_link, pax, b"linkpath") or field or b""),
+            )  # fmt: skip
         if len(name) > self._limits.path_bytes:
             raise LimitExceeded(f"path of {len(name)} bytes, over the limit of {self._limits.path_bytes}")
+        if kind not in _REGULAR:
+            if size and kind in b"123456":
+                faults = _counted(faults, "misread_headers")  # containerd takes what follows for the next header
+        elif not kind and name.endswith(b"/"):
+            faults = _counted(faults, "misread_headers")  # a directory for everybody else
+        if uid is None or gid is None or (uid | gid) >> 32:
+            if not _sound_id(uid, uid_field) or not _sound_id(gid, gid_field):
+                faults = _counted(faults, "wrong_owners")
+            uid, gid = (uid or 0) & 0xFFFFFFFF, (gid or 0) & 0xFFFFFFFF
         device = None
-        if ustar or gnu:
-            major, minor = _octal(record[329:337]), _octal(record[337:345])
+        if known and kind in b"34":
+            major, minor = _octal(major_field), _octal(minor_field)
             if major is not None and minor is not None:
                 device = major & 0xFFFFFFFF, minor & 0xFFFFFFFF
-        member = TarfsMember(
-            type=kind,
-            name=name,
-            link=link,
-            link_offset_bytes=end_offset - RECORD_BYTES + _LINK_FIELD_OFFSET_BYTES if link == link_field else None,
-            mode=_octal(record[100:108]),
-            uid=uid & 0xFFFFFFFF,
-            gid=gid & 0xFFFFFFFF,
-            mtime=_number(record[136:148]) or 0,
-            device=device,
-            size_bytes=size,
-            data_offset_bytes=end_offset,
-            xattrs=pax.xattrs if pax is not None else 0,
-        )
-        if kind == 0x53:
-            if not gnu:
+        if kind == _SPARSE:
+            if magic != _GNU:
                 raise FormatError("sparse member without a GNU header")
             sparse = _SparseMap(record, size)
             if sparse.goes_on:
@@ -288,9 +323,15 @@ class TarfsScanner(RecordStream):
             else:
                 sparse.finish()
                 self._skip_data(size)
-        else:
+        elif size:
             self._skip_data(size)
-        self._on_member(member)
+        self._on_member(
+            TarfsMember(
+                kind, name, link,
+                end_offset - RECORD_BYTES + _LINK_FIELD_OFFSET_BYTES if link == field else None,
+                _octal(mode_field), uid, gid, mtime, device, size, end_offset, faults,
+            )
+        )  # fmt: skip
 
     def _begin_extension(self, kind: int, size: int) -> None:
         there = {0x4C: self._long_name, 0x4B: self._long_link, 0x78: self._pax}[kind]
@@ -310,3 +351,57 @@ class TarfsScanner(RecordStream):
             self._long_name = body
         else:
             self._long_link = body
+
+
+def _text(long: bytes | None, pax: _Pax | None, key: bytes) -> bytes:
+    """As containerd reads it: an empty one is none."""
+    if long is not None and (text := _cut(long)):
+        return text
+    try:
+        return pax.posix().get(key, b"") if pax is not None else b""
+    except FormatError:
+        return b""
+
+
+def _counted(faults: dict[str, int] | None, fault: str, times: int = 1) -> dict[str, int]:
+    faults = faults or {}
+    faults[fault] = faults.get(fault, 0) + times
+    return faults
+
+
+def _sound_id(value: int | None, field: bytes) -> bool:
+    return not field.strip(b" \0") if value is None else not value >> 32
+
+
+def _misread(
+    faults: dict[str, int] | None, pax: _Pax | None, kind: int, size: int, uid: int | None, gid: int | None, mtime: int,
+    name_is_right: bool, link_is_right: bool,
+) -> dict[str, int] | None:  # fmt: skip
+    """What extended headers say that comes out otherwise."""
+    if not name_is_right or (not link_is_right and kind in b"12"):
+        faults = _counted(faults, "misread_headers")
+    if pax is None:
+        return faults
+    try:
+        records = pax.posix()
+    except FormatError:
+        return _counted(faults, "misread_headers")
+    for key, value in records.items():
+        if key == b"size":
+            if kind in _REGULAR and value and _decimal(value) != size:
+                faults = _counted(faults, "misread_headers")
+        elif key in (b"uid", b"gid"):
+            if value and _decimal(value) != (uid if key == b"uid" else gid):
+                faults = _counted(faults, "wrong_owners")
+        elif key == b"mtime":
+            seconds, _, fraction = value.partition(b".")
+            # Some tools round in the header what they write here.
+            right = _decimal(seconds)
+            if value and (right is None or mtime - right not in ((0, 1) if fraction else (0,))):
+                faults = _counted(faults, "wrong_times")
+        elif key.startswith(b"SCHILY.xattr.") and not key.startswith(b"SCHILY.xattr.trusted."):
+            # Those of trusted are dropped by containerd, too.
+            faults = _counted(faults, "dropped_xattrs")
+    if any(key.startswith(b"GNU.sparse.") for key in records):
+        faults = _counted(faults, "sparse_members")  # the map comes out as a part of the data
+    return faults
