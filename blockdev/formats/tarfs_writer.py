@@ -457,7 +457,7 @@ class _SuperblockWatch:
         self._read_back = read_back
         self._offset = 0
         self._carry = b""  # the start of a record that the pieces cut in two
-        # Inode table and end of the device, one after the other: an array, for there may be many.
+        # Inode table, inodes and end of the device, one after the other: an array, for there may be many.
         self._candidates = array("Q")
         self._more = 0  # candidates beyond those
 
@@ -483,21 +483,31 @@ class _SuperblockWatch:
         end = offset - tarfs.SUPERBLOCK_OFFSET_BYTES + tarfs.BLOCK_BYTES
         if not inodes or table + inodes * tarfs.INODE.size > end:
             return
-        if len(self._candidates) < 2 * _CANDIDATES_MAX:
-            self._candidates.extend((table, end))
+        if len(self._candidates) < 3 * _CANDIDATES_MAX:
+            self._candidates.extend((table, inodes, end))
         else:
             self._more += 1
 
     def found(self, size_bytes: int) -> int:
-        """How many would be mounted: those whose root is a directory, where `read_back` can tell. Each beyond
+        """How many would be mounted with a root that can be listed, where `read_back` can tell. Each beyond
         _CANDIDATES_MAX is taken for one."""
-        pairs = iter(self._candidates)
+        values = iter(self._candidates)
         return self._more + sum(
-            end <= size_bytes and self._has_root(table) for table, end in zip(pairs, pairs, strict=True)
+            end <= size_bytes and self._has_root(table, inodes, end)
+            for table, inodes, end in zip(values, values, values, strict=True)
         )
 
-    def _has_root(self, table: int) -> bool:
+    def _has_root(self, table: int, inodes: int, end: int) -> bool:
+        """A directory that is empty, or whose first entry names an inode. Ordinary data often looks like a
+        superblock, and now and then like an inode of a directory, too."""
         if self._read_back is None:
             return True
-        mode = int.from_bytes(self._read_back(table, 2), "little")
-        return mode & _S_IFMT == _S_IFDIR and not mode & ~(_S_IFMT | tarfs.PERMISSIONS)
+        mode, *_, size, offset = tarfs.INODE.unpack(self._read_back(table, tarfs.INODE.size))
+        if mode & _S_IFMT != _S_IFDIR or mode & ~(_S_IFMT | tarfs.PERMISSIONS):
+            return False
+        if not size:
+            return True
+        if size % tarfs.DIRENT.size or offset + size > end:
+            return False
+        number, name_at, name_bytes, _ = tarfs.DIRENT.unpack(self._read_back(offset, tarfs.DIRENT.size))
+        return bool(1 <= number <= inodes and 1 <= name_bytes <= tarfs.NAME_BYTES_MAX and name_at + name_bytes <= end)
