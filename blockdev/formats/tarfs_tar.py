@@ -294,10 +294,18 @@ class TarfsScanner(RecordStream):
                 name = long_name.removesuffix(b"\0")
             if long_link is not None:
                 link = long_link.removesuffix(b"\0")
-            faults = _misread(
-                faults, pax, kind, size, uid, gid, mtime, name == (_text(long_name, pax, b"path") or header_name),
-                (link or b"") == (_text(long_link, pax, b"linkpath") or field or b""),
-            )  # fmt: skip
+            try:
+                records = pax.posix() if pax is not None else {}
+            except FormatError:
+                faults = _counted(faults, "misread_headers")
+            else:
+                # As containerd reads them: cut at a NUL, and an empty one is none.
+                right_name = _cut(long_name or b"") or records.get(b"path") or header_name
+                right_link = _cut(long_link or b"") or records.get(b"linkpath") or field
+                if name != right_name or (kind in b"12" and link != right_link):
+                    faults = _counted(faults, "misread_headers")
+                if records:
+                    faults = _misread(faults, records, kind, size, uid, gid, mtime)
         if len(name) > self._limits.path_bytes:
             raise LimitExceeded(f"path of {len(name)} bytes, over the limit of {self._limits.path_bytes}")
         if kind not in _REGULAR:
@@ -353,19 +361,9 @@ class TarfsScanner(RecordStream):
             self._long_link = body
 
 
-def _text(long: bytes | None, pax: _Pax | None, key: bytes) -> bytes:
-    """As containerd reads it: an empty one is none."""
-    if long is not None and (text := _cut(long)):
-        return text
-    try:
-        return pax.posix().get(key, b"") if pax is not None else b""
-    except FormatError:
-        return b""
-
-
-def _counted(faults: dict[str, int] | None, fault: str, times: int = 1) -> dict[str, int]:
+def _counted(faults: dict[str, int] | None, fault: str) -> dict[str, int]:
     faults = faults or {}
-    faults[fault] = faults.get(fault, 0) + times
+    faults[fault] = faults.get(fault, 0) + 1
     return faults
 
 
@@ -374,18 +372,10 @@ def _sound_id(value: int | None, field: bytes) -> bool:
 
 
 def _misread(
-    faults: dict[str, int] | None, pax: _Pax | None, kind: int, size: int, uid: int | None, gid: int | None, mtime: int,
-    name_is_right: bool, link_is_right: bool,
+    faults: dict[str, int] | None, records: dict[bytes, bytes], kind: int, size: int, uid: int | None, gid: int | None,
+    mtime: int,
 ) -> dict[str, int] | None:  # fmt: skip
-    """What extended headers say that comes out otherwise."""
-    if not name_is_right or (not link_is_right and kind in b"12"):
-        faults = _counted(faults, "misread_headers")
-    if pax is None:
-        return faults
-    try:
-        records = pax.posix()
-    except FormatError:
-        return _counted(faults, "misread_headers")
+    """What an extended header says that comes out otherwise."""
     for key, value in records.items():
         if key == b"size":
             if kind in _REGULAR and value and _decimal(value) != size:
