@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tarfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -426,6 +428,12 @@ def test_every_warning_but_dirty_padding_is_a_fault_and_strict_refuses() -> None
         FormatError, match="would come out wrong from format tarfs: phantom_directories 1, unreachable_names 1"
     ):
         build(F(b"a/b") + EOA, strict=True)
+
+
+def test_the_specification_has_every_fault() -> None:
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text()
+    section = text.split("### tarfs: what comes out wrong")[1].split("###")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == sorted(FAULTS)
 
 
 # --- a superblock where the device could be cut
