@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import struct
@@ -40,7 +41,7 @@ def build(
         )  # fmt: skip
         for piece in pieces:
             writer.feed(piece)
-        built = writer.finish()
+        built = writer.finish(hashlib.sha256(b"".join(pieces)).digest())
     finally:
         leaves.close()
     return built, bytes(out)
