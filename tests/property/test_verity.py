@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from verity import hasher
 from verity.errors import VerityError
-from verity.hasher import LeafStore, block_digests
+from verity.hasher import LeafHasher, LeafStore, StreamHash, block_digests, leaf_digests
 from verity.params import BLOCK_BYTES, Params
 from verity.tree import Geometry, write_tree
 
@@ -38,6 +39,97 @@ def test_the_extension_refuses_what_it_cannot_do() -> None:
             hasher._leafhash.digests(*arguments)
     with pytest.raises(VerityError):
         block_digests(bytes(511), 512, b"")
+    with pytest.raises(ValueError):
+        hasher._leafhash.Stream("abacus")
+    stream = hasher._leafhash.Stream("portable-c")
+    stream.update(b"before")
+    for rest in ((bytes(511), 512, b""), (bytes(512), 512, bytes(64)), (bytes(8192), 8192, b""), (bytes(512), 0, b"")):
+        with pytest.raises(ValueError):
+            stream.update_with_leaves(b"refused", *rest)
+    with pytest.raises(TypeError):
+        stream.update("text")  # type: ignore[arg-type]
+    assert stream.digest() == hashlib.sha256(b"before").digest()
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 200), st.integers(0, 40_000)), max_size=6),
+    blocks=st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    block_bytes=sizes,
+    salt=st.one_of(st.just(bytes(32)), st.binary(max_size=70)),
+)
+def test_a_stream_and_leaves_in_one_are_the_two_apart(
+    lengths: list[int], blocks: list[int], block_bytes: int, salt: bytes
+) -> None:
+    """Also where the leaves are none of the stream's bytes, fewer, or more than pass beside it."""
+    for implementation in IMPLEMENTATIONS:
+        stream, expected = StreamHash(implementation), hashlib.sha256()
+        for number, length in enumerate(lengths):
+            data = hashlib.shake_128(b"%d" % number).digest(length)
+            leaves = hashlib.shake_128(b"leaves %d" % number).digest(blocks[number] * block_bytes)
+            before = stream.copy()
+            digests = stream.update_with_leaves(data, leaves, block_bytes, salt)
+            assert digests == block_digests(leaves, block_bytes, salt, "hashlib")
+            assert before.digest() == expected.digest()
+            expected.update(data)
+            before.update(data)
+            assert before.digest() == stream.digest() == expected.digest()
+            assert stream.hexdigest() == expected.hexdigest()
+        with pytest.raises(VerityError):
+            stream.update_with_leaves(b"refused", bytes(block_bytes + 1), block_bytes, salt)
+        assert stream.digest() == expected.digest()
+
+
+def test_a_stream_of_any_length_is_sha256() -> None:
+    data = hashlib.shake_128(b"stream").digest(260)
+    for implementation in IMPLEMENTATIONS:
+        for length in range(len(data)):
+            stream = StreamHash(implementation)
+            stream.update(data[: length // 3])
+            stream.update(memoryview(data)[length // 3 : length])
+            assert stream.digest() == hashlib.sha256(data[:length]).digest()
+    with pytest.raises(ValueError):
+        StreamHash("abacus")
+
+
+@given(
+    cuts=st.lists(st.integers(0, 20_000), max_size=10),
+    block_bytes=sizes,
+    beside=st.lists(st.booleans(), min_size=11, max_size=11),
+)
+def test_blocks_are_hashed_wherever_pieces_end(cuts: list[int], block_bytes: int, beside: list[bool]) -> None:
+    """Some pieces go into the stream, too, some (padding, metadata) are leaves alone."""
+    data = hashlib.shake_128(b"pieces").digest(20_000)
+    params = Params(block_bytes, 4096)
+    for implementation in IMPLEMENTATIONS:
+        stream, expected = StreamHash(implementation), hashlib.sha256()
+        leaves, digests, start = LeafHasher(params), b"", 0
+        for end, with_stream in zip([*sorted(cuts), len(data)], beside, strict=False):
+            piece = bytearray(data[start:end])
+            digests += leaves.update(piece, stream if with_stream else None)
+            if with_stream:
+                expected.update(piece)
+            piece[:] = bytes(len(piece))  # pieces are not kept
+            start = end
+        assert digests == leaf_digests(data[: len(data) - len(data) % block_bytes], params)
+        assert stream.digest() == expected.digest()
+
+
+@pytest.mark.skipif(not hasher.ONE_PASS, reason="hashlib locks on its own")
+def test_a_stream_under_an_update_refuses_a_second() -> None:
+    """What two threads do at once has no order; no digest comes of it."""
+    data = bytes(16 << 20)
+    stream, expected, refused = StreamHash(), hashlib.sha256(), False
+    while not refused:  # until this thread is quick enough to find the other at work
+        thread = threading.Thread(target=stream.update, args=(data,))
+        thread.start()
+        try:
+            while thread.is_alive():
+                stream.digest()
+        except RuntimeError as error:
+            refused = "another thread" in str(error)
+        thread.join()
+        expected.update(data)
+    assert stream.digest() == expected.digest()
 
 
 @given(
