@@ -170,12 +170,15 @@ class LeafStore:
         """All digests, in pieces of `size_bytes`, the last one shorter."""
         total = len(self) * DIGEST_BYTES
         for start in range(0, total, size_bytes):
-            end = min(start + size_bytes, total)
-            piece = self._read(min(end, self.bytes_spooled) - start, start) if start < self.bytes_spooled else b""
-            if end > self.bytes_spooled:
-                first = max(0, start - self.bytes_spooled)
-                piece += bytes(self._memory[first : end - self.bytes_spooled])
-            yield piece
+            yield self.read(start, min(start + size_bytes, total))
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of all digests, which must be there."""
+        piece = self._read(min(end, self.bytes_spooled) - start, start) if start < self.bytes_spooled else b""
+        if end > self.bytes_spooled:
+            first = max(0, start - self.bytes_spooled)
+            piece += bytes(self._memory[first : end - self.bytes_spooled])
+        return piece
 
     def close(self) -> None:
         if self._own is not None:

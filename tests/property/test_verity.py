@@ -13,7 +13,7 @@ from verity import hasher
 from verity.errors import VerityError
 from verity.hasher import LeafHasher, LeafStore, StreamHash, block_digests, leaf_digests
 from verity.params import BLOCK_BYTES, Params
-from verity.tree import Geometry, write_tree
+from verity.tree import Geometry, HashTree, write_tree
 
 IMPLEMENTATIONS = [*(hasher._leafhash.IMPLEMENTATIONS if hasher._leafhash else ()), "hashlib"]
 sizes = st.sampled_from(BLOCK_BYTES)
@@ -182,3 +182,42 @@ def test_the_tree_is_the_definition(blocks: int, hash_block: int, threshold: int
         store.close()
     assert (out.getvalue(), root) == naive_tree(digests, params)
     assert len(out.getvalue()) == Geometry(blocks, params).tree_size_bytes
+
+
+@given(
+    data=st.data(),
+    there=st.integers(0, 300),
+    pieces=st.lists(st.integers(0, 300), max_size=6),
+    hash_block=sizes,
+    threshold=st.sampled_from([64, 5000, 1 << 20]),
+)
+def test_a_tree_that_grows_is_the_tree_of_the_whole(
+    data: st.DataObject, there: int, pieces: list[int], hash_block: int, threshold: int
+) -> None:
+    """Whatever was replaced between: in full hash blocks, in the one that is filled, across both."""
+    params = Params(512, hash_block)
+    expected = bytearray(hashlib.shake_128(b"there").digest(32 * there))
+    store, out = LeafStore(threshold_bytes=threshold), io.BytesIO()
+    try:
+        store.append(bytes(expected))
+        tree = HashTree(store, params)
+        for number, count in enumerate(pieces):
+            piece = hashlib.shake_128(b"%d" % number).digest(32 * count)
+            tree.append(piece)
+            expected += piece
+            if expected:
+                index = data.draw(st.integers(0, len(expected) // 32 - 1))
+                count = data.draw(st.integers(0, len(expected) // 32 - index))
+                tree.replace(index, bytes([number]) * 32 * count)
+                expected[32 * index : 32 * (index + count)] = bytes([number]) * 32 * count
+        with pytest.raises(VerityError):
+            tree.replace(len(store), bytes(32))
+        if not expected:
+            with pytest.raises(VerityError):
+                tree.write(out.write)
+            return
+        for _ in range(2):  # writing takes nothing away
+            out.seek(0)
+            assert (tree.write(out.write), out.getvalue()) == naive_tree(bytes(expected), params)[::-1]
+    finally:
+        store.close()
