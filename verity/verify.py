@@ -3,64 +3,133 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Final
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, Literal
 
 from verity.errors import VerificationFailed
 from verity.hasher import block_digests
-from verity.params import DIGEST_BYTES
+from verity.params import DIGEST_BYTES, Params
 from verity.tree import Geometry
 
-ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes
-_CHUNK_BYTES: Final = 1 << 20
+ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes; several threads call it
+Progress = Callable[[int, int], object]  # (bytes checked, bytes in all)
+# Data under one piece of level 0.
+_PIECE_BYTES: Final = 1 << 20
+# Beside the piece that each thread has, so that none waits for the oldest one to be looked at.
+_PIECES_AHEAD: Final = 2
 
 
-def verify_all(read_at: ReadAt, geometry: Geometry, root_hash: bytes) -> None:
+@dataclass(frozen=True, slots=True)
+class _Area:
+    """Equal blocks in the file: the data, or one level of the tree. `level` counts from the data; None: the data."""
+
+    start_bytes: int
+    block_bytes: int
+    blocks: int
+    level: int | None
+
+    @property
+    def name(self) -> str:
+        return "data block" if self.level is None else f"hash block of level {self.level}"
+
+    def offset_bytes(self, block: int) -> int:
+        return self.start_bytes + block * self.block_bytes
+
+    def failed(self, message: str, block: int) -> VerificationFailed:
+        kind: Literal["data", "hash"] = "data" if self.level is None else "hash"
+        return VerificationFailed(
+            message, kind=kind, level=self.level, block=block, offset_bytes=self.offset_bytes(block)
+        )
+
+
+def _areas(geometry: Geometry) -> Iterator[_Area]:
+    """In the order of the chain of digests: top level first, the data last."""
+    params = geometry.params
+    for depth, (offset, blocks) in enumerate(geometry.levels):
+        level = len(geometry.levels) - 1 - depth
+        yield _Area(geometry.data_size_bytes + offset, params.hash_block_bytes, blocks, level)
+    yield _Area(0, params.data_block_bytes, geometry.data_blocks, None)
+
+
+def verify_all(
+    read_at: ReadAt,
+    geometry: Geometry,
+    root_hash: bytes,
+    *,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> None:
     """Check the whole tree, top down, and all data. The tree starts right after the data.
 
-    Raises VerificationFailed naming the first bad block: upper levels first, then each piece of
-    level 0 before the data below it. Memory: the upper levels, 1/128 of level 0.
+    Raises VerificationFailed naming the first bad block: upper levels first, then each piece of level 0
+    (what stands above 1 MiB of data) before the data below it. An error of `read_at` is raised at its
+    place in the same order. `progress` is called by this thread. `threads`: by default one for each
+    processor that this process may use. Memory: the upper levels, 1/128 of level 0 with 4096-byte hash
+    blocks, and for each thread a few pieces.
     """
+    *upper, data = _areas(geometry)
+    total = geometry.data_size_bytes + geometry.tree_size_bytes
+    done = 0
+
+    def checked(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        if progress is not None:
+            progress(done, total)
+
     expected = root_hash
-    for depth in range(len(geometry.levels) - 1):
-        pieces = [piece for _, piece in _hash_blocks(read_at, geometry, depth, expected)]
-        expected = b"".join(pieces)
-    if not geometry.levels:
-        _verify_data(read_at, geometry, expected, 0)
+    for area, below in pairwise(upper):
+        digests = bytearray()
+        for first in range(0, area.blocks, _PIECE_BYTES // area.block_bytes):
+            count = min(_PIECE_BYTES // area.block_bytes, area.blocks - first)
+            above = expected[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+            digests += _digests(read_at, area, first, count, above, below.blocks, geometry.params)
+            checked(count * area.block_bytes)
+        expected = bytes(digests)
+    if not upper:
+        _blocks(read_at, data, 0, 1, expected, geometry.params.salt)
+        checked(data.block_bytes)
         return
-    for first, digests in _hash_blocks(read_at, geometry, len(geometry.levels) - 1, expected):
-        _verify_data(read_at, geometry, digests, first * geometry.params.digests_per_block)
+    leaves = upper[-1]
+    per_block = geometry.params.digests_per_block
+    piece = max(1, _PIECE_BYTES // (per_block * data.block_bytes))
 
-
-def _hash_blocks(read_at: ReadAt, geometry: Geometry, depth: int, expected: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number of the first block, digests of the level below) piece by piece; `expected`: the digests of this level."""
-    params = geometry.params
-    offset, blocks = geometry.levels[depth]
-    last = depth + 1 == len(geometry.levels)
-    below = geometry.data_blocks if last else geometry.levels[depth + 1][1]
-    name = f"hash block of level {len(geometry.levels) - 1 - depth}"
-    chunk = _CHUNK_BYTES // params.hash_block_bytes
-    for first in range(0, blocks, chunk):
-        count = min(chunk, blocks - first)
-        start = geometry.data_size_bytes + offset + first * params.hash_block_bytes
-        piece = _exactly(read_at, start, count * params.hash_block_bytes)
+    def check(first: int) -> int:
+        """A piece of level 0 from its block `first` on and the data below it; how many bytes that was."""
+        count = min(piece, leaves.blocks - first)
         above = expected[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
-        _compare(piece, params.hash_block_bytes, params.salt, above, name, first)
-        used = (below - first * params.digests_per_block) * DIGEST_BYTES
-        if any(piece[used:]):
-            raise VerificationFailed(f"{name}: bytes behind its {below} digests are not zero")
-        yield first, piece[:used]
+        digests = _digests(read_at, leaves, first, count, above, data.blocks, geometry.params)
+        below = len(digests) // DIGEST_BYTES
+        _blocks(read_at, data, first * per_block, below, digests, geometry.params.salt)
+        return count * leaves.block_bytes + below * data.block_bytes
+
+    pieces = range(0, leaves.blocks, piece)
+    for size in _in_order(check, pieces, min(threads or len(os.sched_getaffinity(0)), len(pieces))):
+        checked(size)
 
 
-def _verify_data(read_at: ReadAt, geometry: Geometry, digests: bytes, first: int) -> None:
-    """The data blocks from `first` on that have these digests."""
-    params = geometry.params
-    chunk = _CHUNK_BYTES // params.data_block_bytes
-    for at in range(0, len(digests) // DIGEST_BYTES, chunk):
-        expected = digests[at * DIGEST_BYTES : (at + chunk) * DIGEST_BYTES]
-        size = len(expected) // DIGEST_BYTES * params.data_block_bytes
-        piece = _exactly(read_at, (first + at) * params.data_block_bytes, size)
-        _compare(piece, params.data_block_bytes, params.salt, expected, "data block", first + at)
+def _in_order(check: Callable[[int], int], pieces: range, threads: int) -> Iterator[int]:
+    """What `check` says of each piece, in order: so the first error is that of the first piece that has one."""
+    if threads == 1:
+        yield from (check(piece) for piece in pieces)
+        return
+    waiting: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        try:
+            for piece in pieces:
+                if len(waiting) == threads + _PIECES_AHEAD:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(check, piece))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def read_verified(read_at: ReadAt, geometry: Geometry, root_hash: bytes, index: int) -> bytes:
@@ -71,33 +140,39 @@ def read_verified(read_at: ReadAt, geometry: Geometry, root_hash: bytes, index: 
     if not 0 <= index < geometry.data_blocks:
         raise IndexError(f"no data block {index}: there are {geometry.data_blocks}")
     params = geometry.params
+    *upper, data = _areas(geometry)
     expected = root_hash
-    for depth, (offset, _) in enumerate(geometry.levels):
-        above = len(geometry.levels) - 1 - depth
-        position = index // params.digests_per_block**above
-        block, slot = divmod(position, params.digests_per_block)
-        start = geometry.data_size_bytes + offset + block * params.hash_block_bytes
-        piece = _exactly(read_at, start, params.hash_block_bytes)
-        _compare(piece, params.hash_block_bytes, params.salt, expected, f"hash block of level {above}", block)
+    for above, area in zip(range(len(upper) - 1, -1, -1), upper, strict=True):
+        block, slot = divmod(index // params.digests_per_block**above, params.digests_per_block)
+        piece = _blocks(read_at, area, block, 1, expected, params.salt)
         expected = piece[slot * DIGEST_BYTES : (slot + 1) * DIGEST_BYTES]
-    data = _exactly(read_at, index * params.data_block_bytes, params.data_block_bytes)
-    _compare(data, params.data_block_bytes, params.salt, expected, "data block", index)
-    return data
+    return _blocks(read_at, data, index, 1, expected, params.salt)
 
 
-def _exactly(read_at: ReadAt, offset: int, size: int) -> bytes:
+def _digests(
+    read_at: ReadAt, area: _Area, first: int, count: int, expected: bytes, below: int, params: Params
+) -> bytes:
+    """The digests in some hash blocks, checked as `_blocks` does; `below`: how many the whole area holds."""
+    blocks = _blocks(read_at, area, first, count, expected, params.salt)
+    used = (below - first * params.digests_per_block) * DIGEST_BYTES
+    if any(blocks[used:]):
+        raise area.failed(f"{area.name}: bytes behind its {below} digests are not zero", first + count - 1)
+    return blocks[:used]
+
+
+def _blocks(read_at: ReadAt, area: _Area, first: int, count: int, expected: bytes, salt: bytes) -> bytes:
+    """`count` blocks from `first` on, which have the digests `expected`. Raises VerificationFailed."""
+    offset, size = area.offset_bytes(first), count * area.block_bytes
     data = read_at(offset, size)
     if len(data) != size:
-        raise VerificationFailed(f"file ends at byte {offset + len(data)}, before the {offset + size} of its geometry")
+        end = offset + len(data)
+        message = f"file ends at byte {end}, before the {offset + size} of its geometry"
+        raise VerificationFailed(message, kind="end", level=None, block=None, offset_bytes=end)
+    digests = block_digests(data, area.block_bytes, salt)
+    if digests != expected:
+        for at in range(count):
+            part = slice(at * DIGEST_BYTES, (at + 1) * DIGEST_BYTES)
+            if digests[part] != expected[part]:
+                block = first + at
+                raise area.failed(f"{area.name} {block} does not have the digest that the tree names", block)
     return data
-
-
-def _compare(data: bytes, block_bytes: int, salt: bytes, expected: bytes, what: str, first: int) -> None:
-    """`expected`: the digests of the blocks of `data`; `first`: the number of the first of them."""
-    digests = block_digests(data, block_bytes, salt)
-    if digests == expected:
-        return
-    for number in range(len(digests) // DIGEST_BYTES):
-        part = slice(number * DIGEST_BYTES, (number + 1) * DIGEST_BYTES)
-        if digests[part] != expected[part]:
-            raise VerificationFailed(f"{what} {first + number} does not have the digest that the tree names")

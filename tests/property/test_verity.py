@@ -4,13 +4,14 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verity import hasher
-from verity.errors import VerityError
+from verity import hasher, verify
+from verity.errors import VerificationFailed, VerityError
 from verity.hasher import LeafHasher, LeafStore, StreamHash, block_digests, leaf_digests
 from verity.params import BLOCK_BYTES, Params
 from verity.tree import Geometry, HashTree, write_tree
@@ -221,3 +222,69 @@ def test_a_tree_that_grows_is_the_tree_of_the_whole(
             assert (tree.write(out.write), out.getvalue()) == naive_tree(bytes(expected), params)[::-1]
     finally:
         store.close()
+
+
+def first_bad(file: bytes, geometry: Geometry, root: bytes, piece: int) -> tuple[str, int | None, int, int] | None:
+    """The documented order, block by block: upper levels, then `piece` blocks of level 0 and the data below them."""
+    params = geometry.params
+    areas = [
+        ("hash", len(geometry.levels) - 1 - depth, geometry.data_size_bytes + start, params.hash_block_bytes, count)
+        for depth, (start, count) in enumerate(geometry.levels)
+    ]
+    areas.append(("data", None, 0, params.data_block_bytes, geometry.data_blocks))  # type: ignore[arg-type]
+
+    def bad(depth: int, first: int, last: int) -> tuple[str, int | None, int, int] | None:
+        kind, level, start, size, count = areas[depth]
+        for block in range(first, min(last, count)):
+            at = start + block * size
+            if depth:
+                above = areas[depth - 1][2] + 32 * block
+                expected = file[above : above + 32]
+            else:
+                expected = root
+            if hashlib.sha256(params.salt + file[at : at + size]).digest() != expected:
+                return kind, level, block, at
+        return None
+
+    for depth in range(len(areas) - 2):
+        if found := bad(depth, 0, areas[depth][4]):
+            return found
+    if len(areas) == 1:
+        return bad(0, 0, 1)
+    per_block, leaves = params.digests_per_block, len(areas) - 2
+    for first in range(0, areas[leaves][4], piece):
+        found = bad(leaves, first, first + piece) or bad(leaves + 1, first * per_block, (first + piece) * per_block)
+        if found:
+            return found
+    return None
+
+
+@given(
+    data=st.data(),
+    blocks=st.integers(1, 400),
+    params=st.sampled_from([Params(512, 512), Params(512, 4096, b"salt"), Params(4096, 512), Params(1024, 2048, b"")]),
+    piece=st.integers(1, 5),
+    threads=st.integers(1, 4),
+)
+def test_verification_names_what_the_definition_names(
+    data: st.DataObject, blocks: int, params: Params, piece: int, threads: int
+) -> None:
+    content = hashlib.shake_128(b"content").digest(blocks * params.data_block_bytes)
+    tree, root = naive_tree(leaf_digests(content, params), params)
+    geometry, file = Geometry(blocks, params), bytearray(content + tree)
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.one_of(st.integers(0, len(file) - 1), st.integers(max(0, len(file) - 9000), len(file) - 1)))
+        file[at] ^= data.draw(st.integers(1, 255))
+    expected = first_bad(bytes(file), geometry, root, piece)
+    size = piece * params.digests_per_block * params.data_block_bytes
+    failure: VerificationFailed | None = None
+    with mock.patch.object(verify, "_PIECE_BYTES", size):
+        try:
+            verify.verify_all(lambda at, count: bytes(file[at : at + count]), geometry, root, threads=threads)
+        except VerificationFailed as error:
+            failure = error
+    if failure is None:
+        assert expected is None
+    else:
+        assert (failure.kind, failure.level, failure.block, failure.offset_bytes) == expected
+        assert f" {failure.block} does not have the digest" in str(failure)

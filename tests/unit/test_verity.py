@@ -4,11 +4,12 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
-from verity import trailer, veritysetup
+from verity import trailer, verify, veritysetup
 from verity.errors import VerificationFailed, VerityError, VeritysetupFailed
 from verity.hasher import LeafStore, leaf_digests
 from verity.params import Params
@@ -82,6 +83,41 @@ def test_every_flipped_bit_is_found() -> None:
             verify_all(reader(bytes(bad)), geometry, root)
 
 
+def place(geometry: Geometry, offset: int) -> tuple[str, int | None, int, int]:
+    """(kind, level, block, offset of the block) of what lies at `offset`."""
+    params = geometry.params
+    if offset < geometry.data_size_bytes:
+        block = offset // params.data_block_bytes
+        return "data", None, block, block * params.data_block_bytes
+    in_tree = offset - geometry.data_size_bytes
+    depth = max(number for number, (start, _) in enumerate(geometry.levels) if start <= in_tree)
+    start = geometry.levels[depth][0]
+    block = (in_tree - start) // params.hash_block_bytes
+    at = geometry.data_size_bytes + start + block * params.hash_block_bytes
+    return "hash", len(geometry.levels) - 1 - depth, block, at
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("piece_bytes", [1, 16384, 1 << 20])
+@pytest.mark.parametrize("params", [Params(512, 512), Params(512, 4096), Params(4096, 512, b"salt")])
+def test_a_flipped_byte_is_named_wherever_it_lies(
+    monkeypatch: pytest.MonkeyPatch, params: Params, piece_bytes: int, threads: int
+) -> None:
+    monkeypatch.setattr(verify, "_PIECE_BYTES", max(piece_bytes, params.hash_block_bytes))
+    file, geometry, root = make(300, params)
+    borders = {0, geometry.data_size_bytes, len(file)}
+    borders |= {geometry.data_size_bytes + start for start, _ in geometry.levels}
+    offsets = {border + step for border in borders for step in (-512, -1, 0, 31, 32)}
+    offsets |= set(range(0, len(file), len(file) // 40))
+    for offset in sorted(offset for offset in offsets if 0 <= offset < len(file)):
+        bad = bytearray(file)
+        bad[offset] ^= 0x80
+        with pytest.raises(VerificationFailed) as caught:
+            verify_all(reader(bytes(bad)), geometry, root, threads=threads)
+        found = caught.value
+        assert (found.kind, found.level, found.block, found.offset_bytes) == place(geometry, offset)
+
+
 def test_the_first_bad_block_is_named() -> None:
     file, geometry, root = make(300, Params(512, 4096))
     bad = bytearray(file)
@@ -114,14 +150,67 @@ def test_spare_bytes_of_the_tree_must_be_zero() -> None:
     digests = leaf_digests(data, params)
     block = digests + b"x" + bytes(4096 - len(digests) - 1)
     root = hashlib.sha256(params.salt + block).digest()
-    with pytest.raises(VerificationFailed, match="not zero"):
+    with pytest.raises(VerificationFailed, match="not zero") as caught:
         verify_all(reader(data + block), Geometry(8, params), root)
+    found = caught.value
+    assert (found.kind, found.level, found.block, found.offset_bytes) == ("hash", 0, 0, len(data))
 
 
 def test_a_short_file_is_refused() -> None:
     file, geometry, root = make(300, Params(512, 4096))
-    with pytest.raises(VerificationFailed, match="file ends"):
+    with pytest.raises(VerificationFailed, match="file ends") as caught:
         verify_all(reader(file[:-1]), geometry, root)
+    found = caught.value
+    assert (found.kind, found.level, found.block, found.offset_bytes) == ("end", None, None, len(file) - 1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 2, 5000])
+def test_progress_goes_up_to_all_bytes(blocks: int, threads: int) -> None:
+    file, geometry, root = make(blocks, Params(512, 512))
+    seen: list[tuple[int, int, int]] = []
+    verify_all(
+        reader(file), geometry, root, threads=threads,
+        progress=lambda done, total: seen.append((done, total, threading.get_ident())),
+    )  # fmt: skip
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+    assert seen[-1][:2] == (len(file), len(file))
+    assert {total for _, total, _ in seen} == {len(file)}
+    assert {thread for _, _, thread in seen} == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_reading_error_has_its_place_in_the_order(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """And little more is read once something is wrong; no thread is left behind."""
+    monkeypatch.setattr(verify, "_PIECE_BYTES", 1 << 16)
+    file, geometry, root = make(20_000, Params(512, 4096))
+    bad = bytearray(file)
+    bad[600_000] ^= 1
+    for broken, expected in ((300_000, OSError), (900_000, VerificationFailed)):
+        reads = 0
+
+        def read_at(offset: int, size: int, broken: int = broken) -> bytes:
+            nonlocal reads
+            reads += 1
+            if offset <= broken < offset + size:
+                raise OSError("broken disk")
+            return bytes(bad[offset : offset + size])
+
+        with pytest.raises(expected):
+            verify_all(read_at, geometry, root, threads=threads)
+        assert reads < 2 * (900_000 // (1 << 16) + threads + verify._PIECES_AHEAD)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("verify")]
+
+
+def test_what_progress_raises_ends_it() -> None:
+    file, geometry, root = make(20_000, Params(512, 4096))
+
+    def progress(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_all(reader(file), geometry, root, progress=progress, threads=2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("verify")]
 
 
 def test_table_line() -> None:
