@@ -29,6 +29,7 @@ from blockdev.workers.protocol import Output
 from verity import veritysetup
 from verity.hasher import LeafStore, leaf_digests
 from verity.params import PRESETS
+from verity.tree import HashTree
 
 PIECE_BYTES: Final = 1 << 20
 _PARAMS: Final = PRESETS["tar-index"]
@@ -122,7 +123,7 @@ def index(path: str, layer_format: str) -> dict[str, Any]:
     started = time.process_time()
     read = _pieces(path, index.feed)
     seconds = time.process_time() - started
-    out = VerifiedWriter(lambda data: None, LeafStore(), chosen.params)
+    out = VerifiedWriter(lambda data: None, HashTree(LeafStore(), chosen.params), chosen.params)
     out.size_bytes = chosen.tar_offset_bytes + read["bytes"]
     started = time.process_time()
     entries = index.write(out, read["bytes"], bytes(32)).entries

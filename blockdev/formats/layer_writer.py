@@ -34,9 +34,9 @@ from blockdev.formats.tar import TarScanner
 from blockdev.formats.tarfs_tar import Dialect
 from blockdev.formats.tarfs_writer import FAULTS, TarfsWriter
 from verity.buffers import Buffer
-from verity.hasher import LeafStore, leaf_digests
+from verity.hasher import LeafHasher, LeafStore, StreamHash, leaf_digests
 from verity.params import Params
-from verity.tree import Geometry, write_tree
+from verity.tree import Geometry, HashTree
 
 # Block addresses are 32 bits and the last two are kept free (Linux: EROFS_NULL_ADDR).
 _BLOCKS_MAX: Final = (1 << 32) - 2
@@ -58,32 +58,20 @@ class BuiltLayer:
 
 
 class VerifiedWriter:
-    """A sequential sink: what passes is written once and hashed into leaf digests.
+    """A sequential sink: what passes is written once and hashed into the leaves of `tree`.
 
     `hash` and `store` are the two halves of `write`, for a caller that runs them on two threads; each
     must see the same bytes in the same order.
     """
 
-    def __init__(self, write: Callable[[Buffer], object], leaves: LeafStore, params: Params) -> None:
-        self._write, self._leaves, self._params = write, leaves, params
-        self._partial = bytearray()
+    def __init__(self, write: Callable[[Buffer], object], tree: HashTree, params: Params) -> None:
+        self._write, self._tree = write, tree
+        self._leaves = LeafHasher(params)
         self.size_bytes = 0
 
-    def hash(self, data: Buffer) -> None:
-        view = memoryview(data)
-        block = self._params.data_block_bytes
-        if self._partial:
-            take = min(block - len(self._partial), len(view))
-            self._partial += view[:take]
-            view = view[take:]
-            if len(self._partial) < block:
-                return
-            self._leaves.append(leaf_digests(self._partial, self._params))
-            self._partial = bytearray()
-        whole = len(view) - len(view) % block
-        if whole:
-            self._leaves.append(leaf_digests(view[:whole], self._params))
-        self._partial += view[whole:]
+    def hash(self, data: Buffer, stream: StreamHash | None = None) -> None:
+        """With `stream`, that goes on by the same bytes, in the same pass."""
+        self._tree.append(self._leaves.update(data, stream))
 
     def store(self, data: Buffer) -> None:
         self._write(data)
@@ -205,17 +193,20 @@ class LayerWriter:
         strict: bool = False,
     ) -> None:
         self.format = layer_format
-        self._write_raw, self._write_head, self._leaves, self._limits = write, write_head, leaves, limits
-        self._strict = strict
+        self._write_raw, self._write_head, self._limits, self._strict = write, write_head, limits, strict
         self._index = index_writer(layer_format, limits, read_back)
-        self._writer = VerifiedWriter(write, leaves, layer_format.params)
+        self._tree = HashTree(leaves, layer_format.params)
+        self._writer = VerifiedWriter(write, self._tree, layer_format.params)
         # The head's place is taken now; its bytes, and their digests, follow last.
         self._writer.hash(bytes(layer_format.tar_offset_bytes))
         self._writer.size_bytes = layer_format.tar_offset_bytes
 
-    def sinks(self) -> tuple[Callable[[Buffer], None], ...]:
-        """Independent of each other; each sees every piece of the tar once, in order."""
-        return (self._writer.hash, self._store, self._index.feed)
+    def sinks(self, stream: StreamHash | None = None) -> tuple[Callable[[Buffer], None], ...]:
+        """Independent of each other; each sees every piece of the tar once, in order.
+
+        With `stream`, the sha256 of the tar is computed along with the leaves: two lanes of one kernel.
+        """
+        return (lambda data: self._writer.hash(data, stream), self._store, self._index.feed)
 
     def feed(self, data: Buffer) -> None:
         for sink in self.sinks():
@@ -236,10 +227,10 @@ class LayerWriter:
             faults = ", ".join(f"{name} {count}" for name, count in warnings.items() if name in FAULTS)
             raise FormatError(f"this layer would come out wrong from format {self.format.name}: {faults}")
         if index.head:
-            self._leaves.replace(0, leaf_digests(index.head, params))
+            self._tree.replace(0, leaf_digests(index.head, params))
         data_size = writer.size_bytes
         geometry = Geometry(data_size // params.data_block_bytes, params)
-        root_hash = write_tree(self._leaves, params, self._write_raw)
+        root_hash = self._tree.write(self._write_raw)
         if index.head:
             trailer = Trailer(
                 params, data_size, geometry.tree_size_bytes, len(geometry.levels), root_hash, diff_id

@@ -19,7 +19,7 @@ from blockdev.workers import protocol
 from blockdev.workers.pipeline import Pipeline
 from blockdev.workers.ring import RingReader, RingWriter
 from verity.buffers import Buffer
-from verity.hasher import LeafStore
+from verity.hasher import ONE_PASS, LeafStore, StreamHash
 
 _PIECES: Final = 16
 _PUMPED_PIECES: Final = 4
@@ -173,7 +173,7 @@ def _layer_writers(parameters: protocol.BuilderParameters) -> Iterator[tuple[Sta
 
 def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
     files = list(_layer_writers(parameters))
-    tar_digest = hashlib.sha256()
+    tar_digest = StreamHash()
     tar = RingReader(parameters.tar) if parameters.tar else None
     blob = _Blob(parameters.blob_fd, parameters.expected_size_bytes, hashlib.sha256() if tar else tar_digest)
     pump: threading.Thread | None = None
@@ -193,10 +193,29 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
             raise LimitExceeded(f"blob of {compressed} bytes expands more than {limits.expansion_ratio} times")
         return size
 
+    digest_is_whole = True
+
+    def whole(sink: Callable[[Buffer], None]) -> Callable[[Buffer], None]:
+        def guarded(data: Buffer) -> None:
+            nonlocal digest_is_whole
+            try:
+                sink(data)
+            except BaseException:
+                digest_is_whole = False
+                raise
+
+        return guarded
+
     failure: BaseException | None = None
     built: list[BuiltLayer] = []
     try:
-        sinks = [tar_digest.update, *(sink for _, _, layer in files for sink in layer.sinks())]
+        # One format's leaves are hashed along with the tar, where that is the cheaper way.
+        along = tar_digest if ONE_PASS else None
+        hashing, *others = files[0][2].sinks(along)
+        sinks = [whole(hashing) if along else hashing, *others]
+        sinks += [sink for _, _, layer in files[1:] for sink in layer.sinks()]
+        if along is None:
+            sinks.append(tar_digest.update)
         Pipeline(sinks, pieces=_PIECES, piece_bytes=protocol.PIECE_BYTES).run(fill)
         built = [layer.finish(tar_digest.digest()) for _, _, layer in files]
     except (BlockdevError, OSError) as error:
@@ -206,6 +225,8 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
         pump.join()
     elif failure is not None and blob.error is None and not isinstance(failure, DigestMismatch):
         blob.finish(tar_digest.update)
+    if failure is not None and not tar and not digest_is_whole:
+        raise failure  # the digest of a plain blob is the tar's: nothing can be said of it
     # A rotten blob explains every other failure, so it is said first.
     digest = blob.check(parameters.expected_digest)
     if failure is not None:

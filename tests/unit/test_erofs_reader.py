@@ -211,8 +211,9 @@ def test_a_deep_tree() -> None:
 
 def test_xattrs_come_out_as_they_went_in() -> None:
     xattrs = {
-        b"user.a": b"", b"user." + b"n" * 255: b"v" * 1000, b"security.selinux": b"ctx\0", b"user.b": b"\0\xff\n=",
-        b"system.posix_acl_access": b"\2\0\0\0", b"system.posix_acl_default": b"\2\0\0\0", b"user.c": b"123",
+        b"user.a": b"", b"user." + b"n" * 250: b"v" * 1000, b"security.selinux": b"ctx\0", b"user.b": b"\0\xff\n=",
+        b"system.posix_acl_access": b"\2\0\0\0an entry", b"system.posix_acl_default": b"\2\0\0\0an entry",
+        b"user.c": b"123",
     }  # fmt: skip
     records = [(b"SCHILY.xattr." + name, value) for name, value in xattrs.items()]
     some = [record for record in records if b"user" not in record[0]]

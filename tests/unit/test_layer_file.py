@@ -31,7 +31,7 @@ from tests.golden import make_tars
 from tests.golden.make_tars import EOA
 from verity.hasher import LeafStore, leaf_digests
 from verity.params import Params
-from verity.tree import Geometry
+from verity.tree import Geometry, HashTree
 from verity.verify import verify_all
 
 DIFF_ID = bytes(range(32))
@@ -242,7 +242,7 @@ def test_a_trailer_with_a_good_digest_over_bad_numbers_is_refused(fields: dict[s
 
 def verified(pieces: list[bytes], params: Params) -> tuple[bytes, bytes, int]:
     out, leaves = bytearray(), LeafStore()
-    writer = VerifiedWriter(out.extend, leaves, params)
+    writer = VerifiedWriter(out.extend, HashTree(leaves, params), params)
     for piece in pieces:
         writer.write(piece)
     writer.pad(4096)
@@ -269,7 +269,7 @@ def test_odd_pieces_are_written_and_hashed_like_the_whole(params: Params) -> Non
 def test_pieces_are_not_kept(kind: Any) -> None:
     params, data = Params(512, 4096), hashlib.shake_128(b"reuse").digest(4096)
     out, leaves, buffer = bytearray(), LeafStore(), bytearray(300)
-    writer = VerifiedWriter(lambda piece: out.extend(bytes(piece)), leaves, params)
+    writer = VerifiedWriter(lambda piece: out.extend(bytes(piece)), HashTree(leaves, params), params)
     for at in range(0, len(data), 300):
         piece = data[at : at + 300]
         buffer[: len(piece)] = piece
@@ -281,7 +281,7 @@ def test_pieces_are_not_kept(kind: Any) -> None:
 def test_the_two_halves_of_a_write_may_run_apart() -> None:
     params, data = Params(512, 4096), hashlib.shake_128(b"halves").digest(5000)
     out, leaves = bytearray(), LeafStore()
-    writer = VerifiedWriter(out.extend, leaves, params)
+    writer = VerifiedWriter(out.extend, HashTree(leaves, params), params)
     for at in range(0, len(data), 77):
         writer.store(data[at : at + 77])
     for at in range(0, len(data), 1001):
@@ -292,7 +292,7 @@ def test_the_two_halves_of_a_write_may_run_apart() -> None:
 
 def test_padding_to_a_border_writes_nothing_when_there() -> None:
     out, leaves = bytearray(), LeafStore()
-    writer = VerifiedWriter(out.extend, leaves, Params(512, 4096))
+    writer = VerifiedWriter(out.extend, HashTree(leaves, Params(512, 4096)), Params(512, 4096))
     for size, padded in ((0, 0), (1, 4096), (0, 4096), (4096, 8192), (4095, 12288)):
         writer.write(bytes(size))
         writer.pad(4096)

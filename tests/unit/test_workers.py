@@ -32,6 +32,7 @@ from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.protocol import Output
 from tests.golden import make_tars
 from tests.golden.test_tar_index import build as build_here
+from tests.golden.test_tarfs import build as build_tarfs
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 
@@ -239,3 +240,47 @@ async def test_an_error_names_the_layer_and_the_reason(
 ) -> None:
     with pytest.raises(error, match=f"layer some layer: .*{words}"):
         await run(blob, suffix, **fields)
+
+
+@pytest.mark.parametrize("suffix", ["", "+gzip"])
+async def test_leaves_that_cannot_be_kept_are_no_rotten_blob(run: Run, full: int, suffix: str) -> None:
+    tar = big_tar(140 << 20)  # its leaves do not stay in memory
+    with pytest.raises(NoSpace, match="some layer"):
+        await run(gzip.compress(tar, 1) if suffix else tar, suffix, spool_fd=full)
+
+
+async def test_several_formats_come_out_of_one_pass(run: Run, tmp_path: Path) -> None:
+    tar = big_tar()
+    blob = gzip.compress(tar, 1)
+    (tmp_path / "blob").write_bytes(blob)
+    names = ("tarfs", "tar-index", "tarfs-genpolicy")
+    with ExitStack() as stack:
+
+        def file(name: str) -> int:
+            return stack.enter_context((tmp_path / name).open("w+b")).fileno()
+
+        request = BuildRequest(
+            blob_fd=stack.enter_context((tmp_path / "blob").open("rb")).fileno(),
+            outputs=tuple(Output(name, file(name), file(f"{name}-spool")) for name in names),
+            media_type=LAYER + "+gzip",
+            layer_name="some layer",
+            expected_digest=digest_of(blob),
+        )
+        records = await run_build(request)
+    assert [record.format for record in records] == list(names)
+    assert {record.diff_id for record in records} == {digest_of(tar)}
+    built, data = build_here(tar)
+    assert (tmp_path / "tar-index").read_bytes() == data
+    assert records[1].root_hash == built.root_hash.hex()
+    expected, tarfs = build_tarfs(tar)
+    assert (tmp_path / "tarfs").read_bytes() == tarfs
+    assert records[0].root_hash == records[2].root_hash == expected.root_hash.hex()
+
+
+async def test_a_strict_build_refuses_what_would_come_out_wrong(run: Run) -> None:
+    tar = make_tars.T()
+    tar.f("su", b"", mode=0o4755)
+    blob = bytes(tar.done())
+    assert (await run(blob, format="tarfs")).warnings == {"lost_mode_bits": 1}
+    with pytest.raises(FormatError, match=r"some layer: .*lost_mode_bits 1"):
+        await run(blob, format="tarfs", strict=True)
