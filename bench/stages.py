@@ -25,6 +25,7 @@ from blockdev.formats.layer_writer import VerifiedWriter, index_writer
 from blockdev.formats.limits import Limits
 from blockdev.workers.builder import StagedFile
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
+from blockdev.workers.pipeline import page_aligned
 from blockdev.workers.protocol import Output
 from verity import veritysetup
 from verity.hasher import LeafStore, StreamHash, block_digests, leaf_digests
@@ -53,7 +54,7 @@ def inflate(kind: str, path: str) -> dict[str, Any]:
 
 def _pieces(path: str, work: Callable[[memoryview], object]) -> dict[str, Any]:
     """Reading the tar from the page cache is part of it: each stage of a build reads from a buffer, too."""
-    buffer = memoryview(bytearray(PIECE_BYTES))
+    buffer = page_aligned(PIECE_BYTES)
     total = 0
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -74,7 +75,8 @@ def leaves(path: str, layer_format: str) -> dict[str, Any]:
 
 def write(size: str, directory: str) -> dict[str, Any]:
     """As many bytes as the layer file has, with the builder's own way of writing, and fsync."""
-    piece = os.urandom(PIECE_BYTES)
+    piece = page_aligned(PIECE_BYTES)
+    piece[:] = os.urandom(PIECE_BYTES)
     with tempfile.TemporaryFile(dir=directory) as file:
         staged = StagedFile(file.fileno(), HEAD_BYTES)
         left = int(size)

@@ -16,7 +16,7 @@ from blockdev.errors import BlockdevError, DigestMismatch, LimitExceeded
 from blockdev.formats.layer_file import format_named
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.workers import protocol
-from blockdev.workers.pipeline import Pipeline
+from blockdev.workers.pipeline import Pipeline, page_aligned
 from blockdev.workers.ring import RingReader, RingWriter
 from verity.buffers import Buffer
 from verity.hasher import ONE_PASS, LeafStore, StreamHash
@@ -135,7 +135,7 @@ class _Blob:
             into.close()
 
     def finish(self, hasher: Callable[[Buffer], None]) -> None:
-        view = memoryview(bytearray(protocol.PIECE_BYTES))
+        view = page_aligned(protocol.PIECE_BYTES)
         while size := self.read(view):
             hasher(view[:size])
 

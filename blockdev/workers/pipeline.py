@@ -7,6 +7,7 @@ overlap; the pool bounds what is in memory.
 
 from __future__ import annotations
 
+import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -17,12 +18,17 @@ from verity.buffers import Buffer
 _STOP: Final = None
 
 
-class _Piece:
-    __slots__ = ("buffer", "pending", "view")
+def page_aligned(size_bytes: int) -> memoryview:
+    """A buffer that the kernel copies from and to at full speed: a bytearray begins 16 bytes into a page, which
+    costs some processors three quarters of it."""
+    return memoryview(mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
-    def __init__(self, buffer: bytearray) -> None:
-        self.buffer = buffer
-        self.view = memoryview(buffer)
+
+class _Piece:
+    __slots__ = ("pending", "view")
+
+    def __init__(self, size_bytes: int) -> None:
+        self.view = page_aligned(size_bytes)
         self.pending = 0
 
 
@@ -36,7 +42,7 @@ class Pipeline:
         self._sinks = sinks
         self._free: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
         for _ in range(pieces):
-            self._free.put(_Piece(bytearray(piece_bytes)))
+            self._free.put(_Piece(piece_bytes))
         self._lanes: list[queue.SimpleQueue[tuple[_Piece, int] | None]] = [queue.SimpleQueue() for _ in sinks]
         self._lock = threading.Lock()
         self._error: BaseException | None = None
