@@ -43,6 +43,10 @@ class BuildFailed(BlockdevError):
     pass
 
 
+class CutShort(BuildFailed):
+    """The other process of a build ended before its stream did; why, is for that one to say."""
+
+
 class NoSpace(BuildFailed):
     pass
 

@@ -7,6 +7,7 @@ Understands what our writer writes, nothing more: extended inodes, plain and inl
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -30,7 +31,11 @@ _XATTR_PREFIX: Final = {
 }
 _DIRECTORY_BYTES_MAX: Final = 1 << 30
 _PATH_BYTES_MAX: Final = 1 << 20
+# Bodies worth keeping, in case that the file has more names; how much of them; and how often all of the data area
+# may be read for such bodies, which in a forged index can overlap.
 _XATTRS_CACHED_BYTES_MIN: Final = 1 << 10
+_XATTRS_CACHED_BYTES_MAX: Final = 64 << 20
+_XATTRS_READ_TIMES_MAX: Final = 16
 _FORMAT: Final = 0o170000
 
 
@@ -53,7 +58,8 @@ class Reader:
 
     def __init__(self, read_at: ReadAt, data_size_bytes: int) -> None:
         self._read_at, self._size = read_at, data_size_bytes
-        self._last_xattrs: tuple[int, dict[bytes, bytes]] | None = None  # with the place of their end
+        self._xattrs_kept: OrderedDict[int, tuple[int, dict[bytes, bytes]]] = OrderedDict()  # by the place of their end
+        self._xattr_bytes_kept = self._xattr_bytes_read = 0
         self.superblock = erofs.Superblock.unpack(
             self._read(erofs.SUPERBLOCK_OFFSET_BYTES, erofs.Superblock.LAYOUT.size)
         )
@@ -175,11 +181,20 @@ class Reader:
     def _xattrs(self, inode: _Inode) -> dict[bytes, bytes]:
         if not inode.xattr_bytes:
             return {}
-        if self._last_xattrs is not None and self._last_xattrs[0] == inode.end_offset:
-            return self._last_xattrs[1]
+        kept = self._xattrs_kept.get(inode.end_offset)
+        if kept is not None and kept[0] == inode.xattr_bytes:
+            self._xattrs_kept.move_to_end(inode.end_offset)
+            return kept[1]
+        self._xattr_bytes_read += inode.xattr_bytes
+        if self._xattr_bytes_read > _XATTRS_READ_TIMES_MAX * self._size + erofs.XATTR_BODY_BYTES_MAX:
+            raise LimitExceeded("more xattrs than the data area has room for")
         found = self._parse_xattrs(inode)
-        if inode.xattr_bytes >= _XATTRS_CACHED_BYTES_MIN:  # of a file with many names, most likely
-            self._last_xattrs = inode.end_offset, found
+        if kept is None and inode.xattr_bytes >= _XATTRS_CACHED_BYTES_MIN:
+            self._xattrs_kept[inode.end_offset] = inode.xattr_bytes, found
+            self._xattr_bytes_kept += inode.xattr_bytes
+            while self._xattr_bytes_kept > _XATTRS_CACHED_BYTES_MAX:
+                _, (size, _) = self._xattrs_kept.popitem(last=False)
+                self._xattr_bytes_kept -= size
         return found
 
     def _parse_xattrs(self, inode: _Inode) -> dict[bytes, bytes]:

@@ -72,12 +72,16 @@ class Inode:
 
 
 class Directory(Inode):
-    """`explicit`: has an entry of its own; `whiteouts`: names of lower layers that are gone."""
+    """`explicit`: has an entry of its own; `whiteouts`: names of lower layers that are gone.
 
-    __slots__ = ("children", "explicit", "opaque", "whiteouts")
+    `path_bytes`: how long its path is, with a slash at the end; symlinks can make it longer than any member's name.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("children", "explicit", "opaque", "path_bytes", "whiteouts")
+
+    def __init__(self, path_bytes: int) -> None:
         super().__init__(S_IFDIR | 0o755)
+        self.path_bytes = path_bytes
         self.children: dict[bytes, Inode] = {}
         self.explicit = False
         self.opaque = False
@@ -89,7 +93,7 @@ class FileTree:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.root = Directory()
+        self.root = Directory(0)
         self._metadata_bytes = 0
         self._followed_left = _FOLLOWED_AT_ONCE
         # Archives list a directory's members together: the last parent is usually the next one too.
@@ -118,7 +122,7 @@ class FileTree:
         odd = not base or base[0] == _DOT
         if odd and base in (b"", b".", b".."):
             # Rare: let the general rule find the last real component.
-            parts = self._split(member.name)
+            parts = self._split(member.name, last_may_be_mark=True)
             if not parts:
                 return
             base = parts.pop()
@@ -147,13 +151,13 @@ class FileTree:
                 parent.children[base] = node
 
     @staticmethod
-    def _split(path: bytes) -> list[bytes]:
+    def _split(path: bytes, *, last_may_be_mark: bool = False) -> list[bytes]:
         parts = [part for part in path.split(b"/") if part and part != b"."]
-        for part in parts:
-            if part == b"..":
-                raise FormatError("'..' in a path")
+        for part in parts[:-1] if last_may_be_mark else parts:  # the last one's length is looked at with its mark
             if len(part) > NAME_BYTES_MAX:
                 raise FormatError(f"name component of {len(part)} bytes")
+        if b".." in parts:
+            raise FormatError("'..' in a path")
         return parts
 
     def _directory(self, parts: list[bytes]) -> Directory:
@@ -191,7 +195,7 @@ class FileTree:
                 if self.invented_directories > self._limits.entries:
                     raise LimitExceeded(f"more than {self._limits.entries} directories without entries")
                 self._charge(len(name) + _DIRECTORY_COST_BYTES)
-                child = Directory()
+                child = self._new_directory(stack[-1], name)
                 if stack[-1].mode & _SETGID:
                     child.gid = stack[-1].gid
                 stack[-1].children[name] = child
@@ -214,6 +218,12 @@ class FileTree:
                 raise FormatError(f"parent is not a directory: {name!r}")
         return stack[-1]
 
+    def _new_directory(self, parent: Directory, name: bytes) -> Directory:
+        path_bytes = parent.path_bytes + len(name) + 1
+        if path_bytes > self._limits.path_bytes:
+            raise LimitExceeded(f"path of {path_bytes} bytes, over the limit of {self._limits.path_bytes}")
+        return Directory(path_bytes)
+
     def _whiteout(self, parent: Directory, base: bytes) -> None:
         if base == _OPAQUE:
             parent.opaque = True
@@ -228,7 +238,7 @@ class FileTree:
     def _add_directory(self, parent: Directory, base: bytes, member: Member) -> None:
         node = parent.children.get(base)
         if not isinstance(node, Directory):
-            node = Directory()
+            node = self._new_directory(parent, base)
             self._charge(_DIRECTORY_COST_BYTES - _INODE_COST_BYTES)
             self._replace(parent, base, node)
         node.mode = S_IFDIR | member.mode
@@ -295,6 +305,9 @@ class FileTree:
                 continue
             self._set_xattr(node, name, value)
             self._charge(len(name) + len(value) + _XATTR_COST_BYTES)
+        # Of all of them, joined: one may make room for another.
+        if node.xattrs and erofs.XATTR_HEADER_BYTES + node.xattr_bytes > self._limits.xattr_bytes:
+            raise LimitExceeded(f"xattrs of one file exceed {self._limits.xattr_bytes} bytes")
 
     def _set_xattr(self, node: Inode, name: bytes, value: bytes | None) -> None:
         """None takes it away."""
@@ -312,8 +325,6 @@ class FileTree:
             raise FormatError(f"xattr {name[:80]!r} of {len(value)} bytes is over the format's limit")
         node.xattrs[name] = value
         node.xattr_bytes += erofs.xattr_entry_bytes(rest, value)
-        if erofs.XATTR_HEADER_BYTES + node.xattr_bytes > self._limits.xattr_bytes:
-            raise LimitExceeded(f"xattrs of one file exceed {self._limits.xattr_bytes} bytes")
 
     def finish(self) -> list[Inode]:
         """Turn marks into nodes and number the inodes: the canonical order, breadth first by name.

@@ -131,7 +131,8 @@ class _Blob:
             )
         except BaseException as error:
             self.error = error
-        finally:
+            into.abandon()
+        else:
             into.close()
 
     def finish(self, hasher: Callable[[Buffer], None]) -> None:

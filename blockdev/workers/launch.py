@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from blockdev.errors import BlockdevError, BuildFailed, DigestMismatch, FormatError, NoSpace, UnsupportedError
+from blockdev.errors import BlockdevError, BuildFailed, CutShort, DigestMismatch, FormatError, NoSpace, UnsupportedError
 from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.layer_file import format_named
 from blockdev.formats.limits import Limits
@@ -162,10 +162,12 @@ def _verdict(reports: list[dict[str, Any]]) -> list[BuildRecord]:
     built, unpacked = [*(_failure(report) for report in reports), None][:2]
     if isinstance(unpacked, _NOT_A_DECOMPRESSORS):
         unpacked = BuildFailed(f"the decompressor says {type(unpacked).__name__}: {unpacked}")
-    if isinstance(built, (DigestMismatch, BuildFailed)):
+    if isinstance(built, (DigestMismatch, BuildFailed)) and not isinstance(built, CutShort):
         raise built
     if unpacked is not None:
         raise unpacked
+    if isinstance(built, CutShort):
+        raise BuildFailed(f"{built}, and says that all is well")
     if built is not None:
         raise built
     report = reports[0]

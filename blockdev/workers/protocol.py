@@ -35,6 +35,7 @@ _KINDS: Final = {
         errors.LimitExceeded,
         errors.DigestMismatch,
         errors.NoSpace,
+        errors.CutShort,
         errors.BuildFailed,
     )
 }

@@ -7,7 +7,7 @@
 
 Neither end trusts the other: the reader copies a piece out before it looks at it, since the writer
 could change it at any time, and takes no size that a slot has not. The memory cannot shrink (sealed),
-so reading it cannot fail. The end of `full` is the end of the stream.
+so reading it cannot fail. A size of 0 is the end of the stream: a writer that dies has not come to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from blockdev.errors import BuildFailed
+from blockdev.errors import BuildFailed, CutShort
 from verity.buffers import Buffer
 
 _SIZE: Final = struct.Struct("<I")
@@ -99,20 +99,30 @@ class RingWriter:
         self._slot = (self._slot + 1) % self._end.slots
 
     def close(self) -> None:
-        """Hand over what is left, and end the stream."""
-        if self._used:
-            self._hand_over()
+        """Hand over what is left, and end the stream. Raises nothing where the reader has gone."""
+        try:
+            if self._used:
+                self._hand_over()
+            os.write(self._end.full_fd, _SIZE.pack(0))
+        except BrokenPipeError:
+            pass
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """The stream stays without its end."""
         os.close(self._end.full_fd)
         os.close(self._end.free_fd)
 
 
 class RingReader:
-    """Raises BuildFailed where the writer does not keep to the protocol."""
+    """Raises CutShort where the writer ends before its stream does, BuildFailed where it breaks the protocol."""
 
     def __init__(self, end: RingEnd) -> None:
         self._end, self._memory = end, end.map()
         self._slot = -1
         self._at = self._left = 0  # in the memory, of the slot that is being read
+        self._ended = False
 
     def read_into(self, view: memoryview) -> int:
         """Fill the view; fewer bytes only at the end of the stream."""
@@ -142,11 +152,16 @@ class RingReader:
                 pass  # it has handed over all it had, and ended
 
     def _next(self) -> bool:
-        header = _exactly(lambda size: os.read(self._end.full_fd, size), _SIZE.size)
-        if not header:
+        if self._ended:
             return False
-        size = _SIZE.unpack(header)[0] if len(header) == _SIZE.size else 0
-        if not 1 <= size <= self._end.slot_bytes:
+        header = _exactly(lambda size: os.read(self._end.full_fd, size), _SIZE.size)
+        if len(header) < _SIZE.size:
+            raise CutShort("the other process of the build has ended before its stream")
+        size = _SIZE.unpack(header)[0]
+        if not size:
+            self._ended = True
+            return False
+        if size > self._end.slot_bytes:
             raise BuildFailed("the other process of the build does not keep to the protocol")
         self._slot = (self._slot + 1) % self._end.slots
         self._at, self._left = self._slot * self._end.slot_bytes, size

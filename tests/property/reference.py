@@ -69,7 +69,17 @@ def number(raw: bytes) -> int:
     return int(digits, 8)  # twelve digits at the most: 36 bits
 
 
+def is_number(raw: bytes) -> bool:
+    try:
+        number(raw)
+    except Refused:
+        return False
+    return True
+
+
 def checksum_fits(header: bytes) -> bool:
+    if header[148] & 0x80:
+        raise Refused("a checksum in base-256")
     blanked = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(blanked)
     signed = sum(byte - 256 if byte > 127 else byte for byte in blanked)
@@ -104,9 +114,9 @@ def pax_records(body: bytes) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     while body:
         length, blank, _ = body.partition(b" ")
-        if not blank or not re.fullmatch(rb"[0-9]+", length):
+        if not blank or not re.fullmatch(rb"[+]?[0-9]+", length):
             raise Refused("a pax record without a length")
-        if len(length.lstrip(b"0")) > 9 or not 5 <= int(length) <= len(body):
+        if len(length.lstrip(b"+").lstrip(b"0")) > 9 or not 5 <= int(length) <= len(body):
             raise Refused("a pax record of a wrong length")
         record, body = body[: int(length)], body[int(length) :]
         if not record.endswith(b"\n") or len(record) <= len(length):
@@ -199,16 +209,30 @@ def read_tar(tar: bytes) -> Node:
                 continue
 
             name, link = text(header[:100]), text(header[157:257])
-            if style == "ustar":
-                prefix = text(header[345:476] if header[508:512] == b"tar\0" else header[345:500])
-                if prefix:
-                    name = prefix + b"/" + name
+            if size < 0 and kind in (b"0", b"\0"):
+                raise Refused("a negative size")
+            prefix = b""
+            if style == "ustar" and header[508:512] == b"tar\0":
+                prefix = text(header[345:476])
+                if not is_number(header[476:488]) or not is_number(header[488:500]):
+                    raise Refused("a time of star that is no number")
+            elif style == "ustar":
+                prefix = text(header[345:500])
+            elif style == "gnu":
+                times = header[345:357], header[357:369]
+                if any(raw[0] != 0 and not is_number(raw) for raw in times) and text(header[345:500]).isascii():
+                    prefix = text(header[345:500])
+            if prefix:
+                name = prefix + b"/" + name
             mtime = (seconds, 0)
             name, link = pax.get(b"path") or name, pax.get(b"linkpath") or link
             size = decimal(pax[b"size"]) if pax.get(b"size") else size
             uid = decimal(pax[b"uid"]) if pax.get(b"uid") else uid
             gid = decimal(pax[b"gid"]) if pax.get(b"gid") else gid
             mtime = time(pax[b"mtime"]) if pax.get(b"mtime") else mtime
+            for unused in (b"atime", b"ctime"):
+                if pax.get(unused):
+                    time(pax[unused])
             name, link = long_name or name, long_link or link
             prefix_of = b"SCHILY.xattr."
             xattrs = {key[len(prefix_of) :]: value for key, value in pax.items() if key.startswith(prefix_of)}
@@ -254,6 +278,7 @@ class Cut(Exception):
 class Tree:
     def __init__(self) -> None:
         self.root = Node("directory")
+        self.directory_times: list[tuple[bytes, tuple[int, int]]] = []
 
     def parts(self, name: bytes, *, member: bool) -> list[bytes]:
         found = [part for part in name.split(b"/") if part not in (b"", b".")]
@@ -282,7 +307,9 @@ class Tree:
                     return None
                 if len(part) > 255:
                     raise Refused("a component over 255 bytes")
-                way[-1].children[part] = Node("directory")
+                made = way[-1].children[part] = Node("directory")
+                if way[-1].mode & 0o2000:
+                    made.gid = way[-1].gid
             node = way[-1].children[part]
             if node.kind == "directory":
                 way.append(node)
@@ -296,6 +323,39 @@ class Tree:
             else:
                 raise Refused("a parent that is no directory")
         return way[-1]
+
+    def followed(self, name: bytes) -> Node | None:
+        """What is at a name, the last symlink followed too; None where nothing is."""
+        node = self.root
+        way = [self.root]
+        todo = self.parts(name, member=False)
+        hops = 0
+        while todo:
+            part = todo.pop(0)
+            if node.kind != "directory":
+                return None
+            if part in (b"", b"."):
+                continue
+            if part == b"..":
+                way = way[:-1] or way
+                node = way[-1]
+                continue
+            if part not in way[-1].children:
+                return None
+            found = way[-1].children[part]
+            if found.kind == "symlink":
+                hops += 1
+                if hops > 255:
+                    return None
+                if found.target.startswith(b"/"):
+                    way = [self.root]
+                node = way[-1]
+                todo = found.target.split(b"/") + todo
+            else:
+                node = found
+                if found.kind == "directory":
+                    way.append(found)
+        return node
 
     def add(self, member: Member, data: bytes) -> None:
         parts = self.parts(member.name, member=True)
@@ -320,8 +380,11 @@ class Tree:
         if member.kind == "hardlink":
             parent.children.pop(base, None)
             target = self.parts(member.link, member=False)
-            holder = self.parent(target[:-1], make=False) if target else None
-            node = holder.children.get(target[-1]) if holder is not None else None
+            if member.link.endswith((b"/", b"/.")):
+                node = self.followed(member.link)
+            else:
+                holder = self.parent(target[:-1], make=False) if target else None
+                node = holder.children.get(target[-1]) if holder is not None else None
             if node is None:
                 raise Refused("a hardlink to nothing")
             if node.kind == "directory":
@@ -345,7 +408,13 @@ class Tree:
             parent.children[base] = node
         node.mode = 0o777 if node.kind == "symlink" else member.mode
         node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime
+        if member.kind == "directory":
+            self.directory_times.append((member.name, member.mtime))
         for name, value in member.xattrs.items():
+            if name in (b"", b"user.", b"security.") or (len(name) > 255 and not name.startswith(b"trusted.")):
+                raise Refused("an xattr's name out of range")
+            if says_nothing(name, value):
+                continue
             if name_index(name) is None or name.startswith(b"trusted."):
                 continue
             if name.startswith(b"user.") and node.kind not in ("file", "directory"):
@@ -354,7 +423,13 @@ class Tree:
         check_xattrs(node.xattrs)
 
     def finished(self) -> Node:
-        """Marks are evaluated at the end of the tar."""
+        """Times of directories and marks are evaluated at the end of the tar."""
+        for name, mtime in self.directory_times:
+            node = self.followed(name)
+            if node is None:
+                raise Refused("a directory that is gone at the end")
+            if node is not self.root:
+                node.mtime = mtime
 
         def evaluate(directory: Node) -> None:
             for name in directory.whiteouts:
@@ -373,6 +448,16 @@ class Tree:
             evaluate(directory)
             todo += [child for child in directory.children.values() if child.kind == "directory"]
         return self.root
+
+
+def says_nothing(name: bytes, value: bytes) -> bool:
+    """An ACL that is dropped."""
+    if name not in (b"system.posix_acl_access", b"system.posix_acl_default"):
+        return False
+    if len(value) <= 4 or value[:4] != little(2, 4):
+        return True
+    tags = [value[at : at + 2] for at in (4, 12, 20)]
+    return name.endswith(b"_access") and len(value) == 28 and tags == [little(tag, 2) for tag in (1, 4, 32)]
 
 
 def name_index(name: bytes) -> tuple[int, bytes] | None:

@@ -17,7 +17,8 @@ from zstandard import ZstdCompressor
 
 from blockdev.errors import BlockdevError, FormatError
 from blockdev.formats.compression import Compression, decompress
-from blockdev.formats.layer_file import BuiltLayer, open_layer_file
+from blockdev.formats.layer_file import open_layer_file
+from blockdev.formats.layer_writer import BuiltLayer
 from tests.fuzz import build
 from tests.golden.make_tars import EOA, PX, D, F, S, prng
 from verity.errors import VerityError
@@ -70,7 +71,7 @@ def assert_no_other_layer_of_its_name(name: str, found: tuple[BuiltLayer, bytes]
 
 @pytest.mark.parametrize("name", BLOBS)
 def test_a_bit_of_a_blob(name: str) -> None:
-    """Each byte, with a bit that goes around. Some of gzip mean nothing, as those of its time: the layer is the same."""
+    """Each byte, with a bit that goes around. Some of gzip mean nothing, as those of its time: the layer is equal."""
     kind, blob = BLOBS[name]
     for at in range(len(blob)):
         found = layer(kind, flipped(blob, at, at * 5 % 8))
@@ -117,10 +118,10 @@ def assert_found(built: BuiltLayer, file: bytes) -> None:
 
     geometry = Geometry(built.data_size_bytes // 512, PRESETS["tar-index"])
     try:
-        _, identity, trailer = open_layer_file(read_at, len(file))
-        if (trailer.data_size_bytes, trailer.root_hash) != (built.data_size_bytes, built.root_hash):
+        layer = open_layer_file(read_at, len(file))
+        if (layer.data_size_bytes, layer.root_hash) != (built.data_size_bytes, built.root_hash):
             return
-        if identity.diff_id != built.diff_id:
+        if layer.diff_id != built.diff_id:
             return
         verify_all(read_at, geometry, built.root_hash)
     except (FormatError, VerityError):

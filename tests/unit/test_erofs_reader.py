@@ -593,7 +593,7 @@ def test_an_xattr_area_beyond_the_data_area_is_refused() -> None:
 )
 def test_the_writer_refuses_what_the_count_of_xattr_bytes_cannot_say(size: int, fits: bool) -> None:
     """262148 bytes are 65535 units: the first twelve bytes count as one, then every four."""
-    root, node = Directory(), Inode(S_IFREG | 0o644)
+    root, node = Directory(0), Inode(S_IFREG | 0o644)
     root.children[b"f"] = node
     root.number, node.number = 0, 1
     node.xattrs = {b"user.%c" % letter: b"v" * 65531 for letter in b"abc"} | {b"user.d": b"v" * size}

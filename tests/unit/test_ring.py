@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdev.errors import BuildFailed
+from blockdev.errors import BuildFailed, CutShort
 from blockdev.workers.ring import RingEnd, RingReader, RingWriter, make_ring
 
 SLOT = 64
@@ -91,21 +91,24 @@ def test_a_writer_gets_to_know_that_the_reader_has_gone() -> None:
             writer.write(bytes(10 * SLOT))
 
 
-@pytest.mark.parametrize("size", [0, SLOT + 1, 0xFFFFFFFF])
+@pytest.mark.parametrize("size", [SLOT + 1, 0xFFFFFFFF])
 def test_a_size_that_no_slot_has_is_refused(ends: tuple[RingEnd, RingEnd], size: int) -> None:
     os.write(ends[0].full_fd, struct.pack("<I", size))
     with pytest.raises(BuildFailed, match="protocol"):
         RingReader(ends[1]).read(10)
 
 
-def test_a_size_cut_short_is_refused() -> None:
+@pytest.mark.parametrize("last", [b"", b"\1\0"])
+def test_a_writer_that_dies_has_not_ended_its_stream(last: bytes) -> None:
     with ExitStack() as stack:
         ends = make_ring(stack, slots=3, slot_bytes=SLOT)
         end = own(ends[1])
-        os.write(ends[0].full_fd, b"\1\0")
+        os.write(ends[0].full_fd, struct.pack("<I", SLOT) + last)
         stack.close()
-        with pytest.raises(BuildFailed, match="protocol"):
-            RingReader(end).read(10)
+        reader = RingReader(end)
+        assert reader.read(SLOT) == bytes(SLOT)
+        with pytest.raises(CutShort, match="ended before its stream"):
+            reader.read(10)
 
 
 def test_a_piece_that_was_read_is_the_readers_own(ends: tuple[RingEnd, RingEnd]) -> None:
