@@ -75,12 +75,15 @@ class Reader:
 
     def walk(self) -> Iterator[Entry]:
         """Every name, the root's b"" first, parents before children, names of a directory in their order."""
-        todo = [(b"", b"", self.superblock.root_nid)]  # directory's path, shared by all in it; name; nid
+        # Length of the directory's path, name, nid. The path itself would be held for each name that waits; parents
+        # come first, so that it is always the beginning of the path before.
+        todo = [(0, b"", self.superblock.root_nid)]
+        path = b""
         directories: set[int] = set()
         names = 0
         while todo:
-            parent, name, nid = todo.pop()
-            path = parent + b"/" + name if parent else name
+            parent_bytes, name, nid = todo.pop()
+            path = path[:parent_bytes] + b"/" + name if parent_bytes else name
             if len(path) > _PATH_BYTES_MAX:
                 raise LimitExceeded(f"path of {len(path)} bytes")
             inode = self._inode(nid)
@@ -96,7 +99,7 @@ class Reader:
                 # A name costs 13 bytes of metadata at the least.
                 if names * erofs.DIRENT.size > self._size:
                     raise LimitExceeded("more names than the data area has room for")
-                todo += [(path, child_name, child) for child_name, child in reversed(children)]
+                todo += [(len(path), child_name, child) for child_name, child in reversed(children)]
 
     def _read(self, offset: int, size: int) -> bytes:
         if offset < 0 or offset + size > self._size:
