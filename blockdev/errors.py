@@ -9,6 +9,7 @@ BlockdevError
 ├── DigestMismatch       bytes that do not have the digest or size they were asked for by
 ├── BuildFailed          a worker died, or the disk failed it
 │   └── NoSpace          the file system of the staged file is full
+├── NotInLayer           a path that the layer does not have, or not as what was asked for
 └── KernelError          a system call refused
 """
 
@@ -48,6 +49,10 @@ class CutShort(BuildFailed):
 
 
 class NoSpace(BuildFailed):
+    pass
+
+
+class NotInLayer(BlockdevError):
     pass
 
 

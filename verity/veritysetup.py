@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from typing import Final
@@ -20,6 +21,12 @@ def verify(path: str, geometry: Geometry, root_hash: bytes) -> None:
     """Accept or refuse a layer file: data, tree right after it. Raises VeritysetupFailed."""
     options = _options(geometry.params, geometry.data_blocks, geometry.data_size_bytes)
     _run("verify", *options, path, path, root_hash.hex())
+
+
+def command_line(path: str, geometry: Geometry, root_hash: str) -> str:
+    """What `verify` runs, for a person to run."""
+    options = _options(geometry.params, geometry.data_blocks, geometry.data_size_bytes)
+    return shlex.join(("veritysetup", "verify", *options, path, path, root_hash))
 
 
 def format_tree(data_path: str, hash_path: str, params: Params, data_blocks: int) -> bytes:

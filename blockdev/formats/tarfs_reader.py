@@ -35,6 +35,7 @@ class Reader:
         last = self._read(data_size_bytes - tarfs.BLOCK_BYTES, tarfs.BLOCK_BYTES)
         self.superblock = tarfs.Superblock.unpack(last, data_size_bytes)
         self._name_bytes = 0  # that the walk has come by
+        self.hidden_names = 0  # that the walk came by: there, but not for the kernel
 
     def walk(self) -> Iterator[Entry]:
         """As IndexReader.walk. A directory with two names, which a tarfs layer can have, is refused."""
@@ -50,6 +51,7 @@ class Reader:
             path = parent + b"/" + name if parent else name
             entry = self._entry(path, number)
             if entry is None:
+                self.hidden_names += 1
                 continue
             yield entry
             if entry.mode & _S_IFMT != _S_IFDIR:

@@ -109,7 +109,7 @@ def test_ls_shows_the_files(layer: tuple[Path, dict[str, Any]]) -> None:
     assert lines[3].endswith("/link -> d/file")
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect", "ls"])
+@pytest.mark.parametrize("command", ["verify", "inspect", "ls", "tar"])
 @pytest.mark.parametrize("content", [b"", b"x" * 100, bytes(8192), some_tar()])
 def test_what_is_no_layer_file_is_refused(tmp_path: Path, command: str, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)

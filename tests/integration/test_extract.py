@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same layer in several ways must be the same files: the kernel's mount, our extraction, GNU tar's."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bench import layers
+from blockdev.kernel import mounts
+from snapshotter.cli import layer as cli_layer
+from tests.file_trees import differences, observe
+from tests.golden import make_tars, test_tar_index
+
+pytestmark = [pytest.mark.root, pytest.mark.erofs]
+
+GNU_OPTIONS = ("--format=pax", "--xattrs", "--xattrs-include=*", "--sort=name")
+NO_ID = 0xFFFFFFFF  # in an entry of an ACL that is about no user of its own
+SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
+SLICE_BYTES = 1_000_000_000
+
+
+@contextmanager
+def mounted(layer: Path, at: Path) -> Iterator[Path]:
+    at.mkdir()
+    mounts.mount_erofs(layer, at, 512)
+    try:
+        yield at
+    finally:
+        mounts.unmount(at)
+
+
+@pytest.mark.parametrize("vector", [v for v in test_tar_index.VECTORS if "refused" not in v], ids=lambda v: v["name"])
+def test_an_extracted_golden_layer_is_what_the_kernel_shows(tmp_path: Path, vector: dict[str, str]) -> None:
+    layer = tmp_path / "layer"
+    layer.write_bytes(test_tar_index.build(make_tars.CASES[vector["name"]]())[1])
+    done = cli_layer.extract(layer, tmp_path / "files")
+    with mounted(layer, tmp_path / "mount") as mount:
+        assert differences(observe(tmp_path / "files"), observe(mount)) == {}
+    assert done["warnings"] == {}
+
+
+def gnu_tar(*arguments: str | Path) -> None:
+    subprocess.run(["tar", *map(str, arguments)], check=True, capture_output=True, timeout=600)
+
+
+@pytest.mark.parametrize("directory", ["/etc", sysconfig.get_path("stdlib")])
+def test_files_of_this_machine_are_the_same_mounted_extracted_and_by_gnu_tar(tmp_path: Path, directory: str) -> None:
+    source = tmp_path / "tar"
+    gnu_tar("-C", directory, *GNU_OPTIONS, "-cf", source, ".")
+    compare_all(tmp_path, source)
+
+
+def test_every_kind_of_file_is_the_same_mounted_extracted_and_by_gnu_tar(tmp_path: Path) -> None:
+    top = os.fsencode(tmp_path / "source")
+    os.makedirs(top + b"/d/sticky")
+    for name, mode in ((b"plain", 0o640), (b"setuid", 0o4755), (b"\xff\x1b[31m", 0), (b"n" * 255, 0o777)):
+        with open(os.path.join(top, b"d", name), "wb") as file:
+            file.write(name * 3000)
+        os.chmod(file.name, mode)
+        os.utime(file.name, ns=(0, 1_700_000_000_123_456_789))
+    os.setxattr(top + b"/d/plain", "user.name", b"value\0\xff")
+    os.setxattr(top + b"/d/plain", "user.empty", b"")
+    os.setxattr(top + b"/d/setuid", "security.capability", struct.pack("<5I", 0x02000001, 0x2000, 0, 0, 0))
+    # version, then (tag, permissions, id): owner, user 7, group, mask, others
+    acl = struct.pack("<I" + "HHI" * 5, 2, 1, 6, NO_ID, 2, 4, 7, 4, 4, NO_ID, 16, 4, NO_ID, 32, 0, NO_ID)
+    os.setxattr(top + b"/d/plain", "system.posix_acl_access", acl)
+    os.setxattr(top + b"/d/sticky", "system.posix_acl_default", acl)
+    os.chown(top + b"/d/sticky", 3_000_000, 4)
+    os.chmod(top + b"/d/sticky", 0o3751)
+    with open(top + b"/d/sticky/inherits", "wb"):
+        pass
+    os.link(top + b"/d/plain", top + b"/a-link")
+    os.symlink(b"/nowhere/\xfe", top + b"/symlink")
+    os.lchown(top + b"/symlink", 5, 6)
+    os.link(top + b"/symlink", top + b"/z-symlink", follow_symlinks=False)
+    os.mkfifo(top + b"/fifo", 0o622)
+    os.mknod(top + b"/char", 0o020666, os.makedev(1, 3))
+    os.mknod(top + b"/block", 0o060660, os.makedev(4000, 70_000))
+    gnu_tar("-C", tmp_path / "source", *GNU_OPTIONS, "-cf", tmp_path / "tar", ".")
+    compare_all(tmp_path, tmp_path / "tar")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SOAK, reason="a slice of /usr of 1 GB: only with HYPOTHESIS_PROFILE=soak")
+def test_a_large_slice_of_usr_is_the_same_mounted_extracted_and_by_gnu_tar(tmp_path: Path) -> None:
+    cache = Path(__file__).parents[2] / ".cache/bench"
+    compare_all(tmp_path, layers.usr(cache, SLICE_BYTES).tar, (b"usr",))
+
+
+def compare_all(directory: Path, source: Path, unnamed: tuple[bytes, ...] = ()) -> None:
+    layer = directory / "layer"
+    record = cli_layer.build(source, layer, "tar-index")
+    done = cli_layer.extract(layer, directory / "ours", root_hash=record["root_hash"])
+    assert done["warnings"] == {}
+    (directory / "theirs").mkdir()
+    gnu_tar("-C", directory / "theirs", "-xpf", source, "--xattrs", "--xattrs-include=*", "--numeric-owner")
+    ours, theirs = observe(directory / "ours"), observe(directory / "theirs")
+    with mounted(layer, directory / "mount") as mount:
+        kernels = observe(mount)
+    assert len(kernels) > 10
+    assert differences(ours, kernels) == {}
+    # A layer's root, and parents that its tar does not name, have attributes that only the format's rules give them.
+    for path in {b"", *unnamed}:
+        assert kernels.pop(path)["mode"] == "0o40755"
+        del theirs[path]
+    assert differences(theirs, kernels) == {}
