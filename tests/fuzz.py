@@ -40,7 +40,7 @@ from blockdev.formats.erofs_reader import Reader
 from blockdev.formats.layer_file import FORMATS, Trailer
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
-from tests.golden import make_tars
+from tests.golden import make_tars, more_tars
 from tests.property import mutations, reference
 from tests.should_fail import make_corpus
 from verity.hasher import LeafStore
@@ -198,7 +198,8 @@ def check_layer(area: bytes) -> str:
 @cache
 def seeds() -> list[bytes]:
     """Small tars: golden ones and those of the corpus."""
-    tars = [bytes(case()) for name, case in make_tars.CASES.items() if name not in ("big5m", "many3000")]
+    cases = make_tars.CASES | more_tars.CASES
+    tars = [bytes(case()) for name, case in cases.items() if name not in ("big5m", "many3000")]
     tars += [case.blob for case in [*make_corpus.BAD.values(), *make_corpus.NEUTRALISED.values()] if not case.packed]
     return [tar for tar in tars if len(tar) <= 40_000]
 

@@ -15,10 +15,26 @@ from blockdev.errors import BlockdevError
 from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
-from tests.golden import make_tars
+from tests.golden import make_tars, more_tars
 from verity.hasher import LeafStore
 
-VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "tar-index.json").read_text())["vectors"]
+HERE = Path(__file__).parent
+FIRST: list[dict[str, Any]] = json.loads((HERE / "tar-index.json").read_text())["vectors"]
+MORE: list[dict[str, Any]] = json.loads((HERE / "tar-index-more.json").read_text())["vectors"]
+VECTORS = FIRST + MORE
+CASES = make_tars.CASES | more_tars.CASES
+
+
+def tar_of(name: str) -> bytes:
+    return bytes(CASES[name]())
+
+
+def test_every_case_has_one_vector() -> None:
+    """Or a refusal; and no vector is without a case."""
+    assert sorted(vector["name"] for vector in VECTORS) == sorted(CASES)
+    assert len(CASES) == len(make_tars.CASES) + len(more_tars.CASES)
+    keys = {"data_size", "inodes", "root_hash", "file_sha256", "file_size"}
+    assert all("refused" in vector or keys <= vector.keys() for vector in VECTORS)
 
 
 def build(tar: bytes, piece_bytes: int = 1 << 20) -> tuple[BuiltLayer, bytes]:
@@ -39,7 +55,7 @@ def build(tar: bytes, piece_bytes: int = 1 << 20) -> tuple[BuiltLayer, bytes]:
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
 def test_vector(vector: dict[str, Any]) -> None:
-    tar = make_tars.CASES[vector["name"]]()
+    tar = tar_of(vector["name"])
     assert hashlib.sha256(tar).hexdigest() == vector["tar_sha256"], "the generator changed"
     if "refused" in vector:
         with pytest.raises(BlockdevError):

@@ -18,7 +18,7 @@ from blockdev.errors import LimitExceeded
 from blockdev.formats.compression import Compression
 from blockdev.formats.erofs_reader import Reader
 from tests import fuzz
-from tests.golden import make_tars
+from tests.golden import make_tars, more_tars
 from tests.golden.make_tars import EOA, PX, D, F, H, S
 from tests.property import mutations, reference, test_layer
 from tests.should_fail import make_corpus
@@ -27,8 +27,8 @@ VECTORS: Final[list[dict[str, Any]]] = [
     vector
     for path in sorted(Path(make_tars.__file__).parent.glob("tar-index*.json"))
     for vector in json.loads(path.read_text())["vectors"]
-    if vector["name"] in make_tars.CASES
 ]
+CASES: Final = make_tars.CASES | more_tars.CASES
 FUZZED_INPUTS: Final = 4000
 sources = st.randoms(use_true_random=False)
 # A generator that draws much is slow to be told so.
@@ -37,7 +37,7 @@ slow = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_to
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
 def test_the_model_writes_the_golden_layers(vector: dict[str, Any]) -> None:
-    tar = bytes(make_tars.CASES[vector["name"]]())
+    tar = bytes(CASES[vector["name"]]())
     if "refused" in vector:
         with pytest.raises(reference.Refused):
             reference.layer_file(tar)
@@ -49,9 +49,9 @@ def test_the_model_writes_the_golden_layers(vector: dict[str, Any]) -> None:
     assert hashlib.sha256(layer.file).hexdigest() == vector["file_sha256"]
 
 
-@pytest.mark.parametrize("name", make_tars.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_both_agree_on_every_golden_tar(name: str) -> None:
-    fuzz.check_tar(bytes(make_tars.CASES[name]()), [])
+    fuzz.check_tar(bytes(CASES[name]()), [])
 
 
 @pytest.mark.parametrize(

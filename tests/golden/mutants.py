@@ -1,0 +1,790 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each rule of the format is held by a golden vector: small changes of the source, each of which one must notice.
+
+usage: python -m tests.golden.mutants [RULE]   -> prints the changes that no vector notices; status 1 if there are some
+
+A change is found by its text, which must stand in the module exactly once: where it does not, the list
+here has to follow the code. Each runs in a process of its own, which imports the changed module in
+place of the real one and builds layers until the first vector fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from tests.golden import make_tars, more_tars
+
+HERE: Final = Path(__file__).parent
+ENGINE: Final = HERE.parent.parent / "blockdev" / "formats"
+SECONDS_PER_MUTANT: Final = 60
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`rule`: words of docs/formats.md; `module`: of blockdev.formats."""
+
+    rule: str
+    module: str
+    old: str
+    new: str
+
+    def text(self) -> str:
+        """The changed module. Raises LookupError where the text is not, or not only, where it was."""
+        source = (ENGINE / f"{self.module}.py").read_text()
+        count = source.count(self.old)
+        if count != 1:
+            raise LookupError(f"{self.rule}: {self.module}.py has {self.old!r} {count} times, not once")
+        return source.replace(self.old, self.new)
+
+
+def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(rule, module, old, new) for rule, old, new in changes]
+
+
+MUTANTS: Final = [
+    *mutants(
+        "layer_file",
+        ("file map: the tar at 4096", "HEAD_BYTES: Final = 4096", "HEAD_BYTES: Final = 8192"),
+        (
+            "file map: meta_off",
+            "        writer.pad(ALIGNMENT_BYTES)\n        metadata_offset",
+            "        writer.pad(512)\n        metadata_offset",
+        ),
+        (
+            "file map: data_size",
+            "data_size = align(metadata_offset + area.size_bytes, ALIGNMENT_BYTES)",
+            "data_size = align(metadata_offset + area.size_bytes + 1, ALIGNMENT_BYTES)",
+        ),
+        ("identity: magic", 'b"TARINDEX"', 'b"TARINDEy"'),
+        ("identity: version", "self.MAGIC, 1, 0, self.tar_offset_bytes", "self.MAGIC, 2, 0, self.tar_offset_bytes"),
+        ("identity: flags", "self.MAGIC, 1, 0, self.tar_offset_bytes", "self.MAGIC, 1, 1, self.tar_offset_bytes"),
+        ("identity: tar_off", "identity = Identity(HEAD_BYTES,", "identity = Identity(0,"),
+        (
+            "identity: tar_len",
+            "identity = Identity(HEAD_BYTES, tar_size,",
+            "identity = Identity(HEAD_BYTES, tar_size + 1,",
+        ),
+        (
+            "identity: meta_off",
+            "identity = Identity(HEAD_BYTES, tar_size, metadata_offset,",
+            "identity = Identity(HEAD_BYTES, tar_size, metadata_offset + 512,",
+        ),
+        (
+            "identity: diff ID",
+            "Identity(HEAD_BYTES, tar_size, metadata_offset, diff_id)",
+            "Identity(HEAD_BYTES, tar_size, metadata_offset, bytes(32))",
+        ),
+        ("superblock: blkszbits", "block_bits=block.bit_length() - 1", "block_bits=block.bit_length()"),
+        ("superblock: root_nid", "root_nid=root_nid,", "root_nid=2,"),
+        ("superblock: inos", "inodes=inodes,", "inodes=inodes + 1,"),
+        ("superblock: blocks", "blocks=data_size_bytes // block,", "blocks=data_size_bytes // block - 1,"),
+        ("superblock: meta_blkaddr", "meta_block=identity.metadata_offset_bytes // block,", "meta_block=0,"),
+        ("superblock: uuid", "uuid=layer_uuid(self.format.name, identity.diff_id)", "uuid=bytes(16)"),
+        ("superblock: checksum", "erofs.crc32c(covered)", "0"),
+        (
+            "superblock: checksum over one block",
+            "covered = bytearray(superblock.ljust(block,",
+            "covered = bytearray(superblock.ljust(4 * block,",
+        ),
+        ("uuid: the words in front", 'b"tar-index:v1:"', 'b"tar-index:v2:"'),
+        ("uuid: the format's name", 'format_name.encode("ascii") + b":"', 'b""'),
+        ("uuid: version 8", "uuid[6] & 0x0F | 0x80", "uuid[6] & 0x0F | 0x40"),
+        ("uuid: variant", "uuid[8] & 0x3F | 0x80", "uuid[8] & 0x3F | 0xC0"),
+        ("trailer: magic", 'b"TARIDXTR"', 'b"TARIDXTS"'),
+        (
+            "trailer: version, hash algorithm",
+            "self.MAGIC, 1, 1, params.data_block_bytes",
+            "self.MAGIC, 1, 2, params.data_block_bytes",
+        ),
+        (
+            "trailer: data_size",
+            "self.data_size_bytes, self.tree_size_bytes, self.levels",
+            "self.data_blocks, self.tree_size_bytes, self.levels",
+        ),
+        (
+            "trailer: tree length",
+            "data_size, geometry.tree_size_bytes, len(geometry.levels), root_hash",
+            "data_size, 4096, len(geometry.levels), root_hash",
+        ),
+        (
+            "trailer: levels",
+            "geometry.tree_size_bytes, len(geometry.levels), root_hash",
+            "geometry.tree_size_bytes, 1, root_hash",
+        ),
+        (
+            "trailer: root hash",
+            "len(geometry.levels), root_hash, diff_id)",
+            "len(geometry.levels), bytes(32), diff_id)",
+        ),
+        (
+            "trailer: diff ID",
+            "len(geometry.levels), root_hash, diff_id)",
+            "len(geometry.levels), root_hash, bytes(32))",
+        ),
+        ("trailer: checksum", "hashlib.sha256(head).digest()", "bytes(32)"),
+        ("trailer: record at 3584", "out.ljust(TRAILER_BYTES - 512", "out.ljust(TRAILER_BYTES - 1024"),
+        ("verity: digest of the head", "self._leaves.replace(0, leaf_digests(head, params))", "pass"),
+    ),
+    *mutants(
+        "erofs",
+        ("superblock: magic", "0xE0F5E1E2", "0xE0F5E1E3"),
+        (
+            "superblock: feature_compat",
+            "COMPAT_SB_CHKSUM | COMPAT_MTIME, self.block_bits",
+            "COMPAT_SB_CHKSUM, self.block_bits",
+        ),
+        ("superblock: checksum's polynomial", "0x82F63B78", "0xEDB88320"),
+        ("superblock: checksum's start", "crc = 0xFFFFFFFF", "crc = 0"),
+        ("superblock: no inversion at the end", "    return crc\n", "    return crc ^ 0xFFFFFFFF\n"),
+        ("device numbers: low bits of the minor", "(minor & 0xFF)", "(minor & 0x7F)"),
+        ("device numbers: high bits of the minor", "<< 12)", "<< 20)"),
+        ("device numbers: major", "(major << 8)", "(major << 16)"),
+        ("dirent: file type", "    0o060000: 4,", "    0o060000: 3,"),
+        ("dirent: type of a fifo", "    0o010000: 5,", "    0o010000: 6,"),
+        ("dirent: type of a symlink", "    0o120000: 7,", "    0o120000: 1,"),
+        ("xattrs: index of user.", 'b"user": 1', 'b"user": 2'),
+        ("xattrs: index of trusted.", 'b"trusted": 4', 'b"trusted": 5'),
+        ("xattrs: index of security.", 'b"security": 6', 'b"security": 7'),
+        ("xattrs: access ACL", 'b"system.posix_acl_access": 2', 'b"system.posix_acl_access": 3'),
+        ("xattrs: default ACL", 'b"system.posix_acl_default": 3', 'b"system.posix_acl_default": 2'),
+        ("xattrs: header of 12 bytes", "XATTR_HEADER_BYTES: Final = 12", "XATTR_HEADER_BYTES: Final = 16"),
+        ("xattrs: sorted", "in sorted(entries):", "in entries:"),
+        ("xattrs: sorted by index first", "in sorted(entries):", "in sorted(entries, key=lambda e: (e[1], e[0])):"),
+        ("xattrs: entries at multiples of 4", "    return bytes(out)\n", "    return bytes(out) + bytes(4)\n"),
+        (
+            "xattrs: nothing behind the prefix has no index",
+            "index is not None and rest else None",
+            "index is not None else None",
+        ),
+        ("limits: xattr name of 255 bytes", "XATTR_NAME_BYTES_MAX: Final = 0xFF", "XATTR_NAME_BYTES_MAX: Final = 0xFE"),
+        (
+            "limits: xattr name of 256 bytes",
+            "XATTR_NAME_BYTES_MAX: Final = 0xFF",
+            "XATTR_NAME_BYTES_MAX: Final = 0x100",
+        ),
+        (
+            "limits: xattr value of 65535 bytes",
+            "XATTR_VALUE_BYTES_MAX: Final = 0xFFFF",
+            "XATTR_VALUE_BYTES_MAX: Final = 0xFFFE",
+        ),
+        (
+            "limits: xattr value of 65536 bytes",
+            "XATTR_VALUE_BYTES_MAX: Final = 0xFFFF",
+            "XATTR_VALUE_BYTES_MAX: Final = 0x10000",
+        ),
+    ),
+    *mutants(
+        "erofs_writer",
+        ("metadata: 64 zero bytes first", "_RESERVED_BYTES: Final = 64", "_RESERVED_BYTES: Final = 128"),
+        (
+            "inlined: a directory's last block",
+            "if base + used <= block:\n                    tail",
+            "if base + used < block:\n                    tail",
+        ),
+        (
+            "inlined: a symlink's target",
+            "base + len(node.link) <= block:\n                    tail",
+            "base + len(node.link) < block:\n                    tail",
+        ),
+        (
+            "inlined: a directory's other blocks are block data",
+            "node.size_bytes = full * block + used",
+            "node.size_bytes = (full + 1) * block",
+        ),
+        ("placement: multiples of 64", "position += -position % erofs.INODE_BYTES", "position += -position % 32"),
+        (
+            "placement: a tail does not cross a block",
+            "if tail and position // block != (position + base + tail - 1) // block:",
+            "if False:",
+        ),
+        ("placement: to its last byte", "(position + base + tail - 1) // block", "(position + base + tail) // block"),
+        ("placement: a body alone may cross", "if tail and position // block", "if body and position // block"),
+        (
+            "block data: in canonical order",
+            "        for number, blocks in outside:",
+            "        for number, blocks in reversed(outside):",
+        ),
+        (
+            "block data: at a multiple of 512",
+            "        position += -position % block\n        for",
+            "        position += -position % (2 * block)\n        for",
+        ),
+        ("inode: i_format", "1 | layout << 1,", "1 | layout << 2,"),
+        ("inode: i_xattr_icount", "// 4 + 1 if body else 0,", "// 4 if body else 0,"),
+        ("inode: i_ino from 1", "number + 1,", "number,"),
+        (
+            "inode: i_u of a file",
+            "(data_offset_bytes + node.tar_offset_bytes) // block",
+            "node.tar_offset_bytes // block",
+        ),
+        ("inode: i_u of an empty file is 0", "                if node.size_bytes:\n", "                if True:\n"),
+        (
+            "inode: i_u of block data counts from the file's start",
+            "(area_offset_bytes + placed[number]) // block",
+            "placed[number] // block",
+        ),
+        (
+            "inode: i_uid, i_gid",
+            "                node.uid,\n                node.gid,",
+            "                node.gid,\n                node.uid,",
+        ),
+        ("inode: i_mtime", "node.mtime[0],", "0,"),
+        ("inode: i_mtime_nsec", "node.mtime[1],", "0,"),
+        ("inode: i_nlink", "                node.nlink,\n", "                1,\n"),
+        (
+            "directories: . and .. are stored",
+            'sorted([b".", b"..", *node.children])',
+            'sorted([b"..", *node.children])',
+        ),
+        (
+            "directories: . and .. are sorted with the others",
+            'sorted([b".", b"..", *node.children])',
+            '[b".", b"..", *sorted(node.children)]',
+        ),
+        (
+            "directories: .. of a directory",
+            "number, mode = self._parents[node.number], node.mode",
+            "number, mode = 0, node.mode",
+        ),
+        (
+            "directories: filled greedily",
+            "need = erofs.DIRENT.size + len(name)\n            if used + need > block:\n                full",
+            "need = erofs.DIRENT.size + len(name)\n            if used + need >= block:\n                full",
+        ),
+        (
+            "directories: names behind the records",
+            "offset = erofs.DIRENT.size * len(names)",
+            "offset = erofs.DIRENT.size * len(names) + 1",
+        ),
+    ),
+    *mutants(
+        "file_tree",
+        ("limits: component of 255 bytes", "NAME_BYTES_MAX: Final = 255", "NAME_BYTES_MAX: Final = 254"),
+        ("limits: component of 256 bytes", "NAME_BYTES_MAX: Final = 255", "NAME_BYTES_MAX: Final = 256"),
+        (
+            "limits: symlink target of 4095 bytes",
+            "LINK_TEXT_BYTES_MAX: Final = 4095",
+            "LINK_TEXT_BYTES_MAX: Final = 4094",
+        ),
+        (
+            "limits: symlink target of 4096 bytes",
+            "LINK_TEXT_BYTES_MAX: Final = 4095",
+            "LINK_TEXT_BYTES_MAX: Final = 4096",
+        ),
+        ("limits: symlink target of 1 byte", "if not 1 <= len(member.link)", "if not 0 <= len(member.link)"),
+        ("limits: major of 4095", "MAJORS: Final = 1 << 12", "MAJORS: Final = 4095"),
+        ("limits: major of 4096", "MAJORS: Final = 1 << 12", "MAJORS: Final = 4097"),
+        ("limits: minor of 1048575", "MINORS: Final = 1 << 20", "MINORS: Final = (1 << 20) - 1"),
+        ("limits: minor of 1048576", "MINORS: Final = 1 << 20", "MINORS: Final = (1 << 20) + 1"),
+        (
+            "limits: device numbers are not negative",
+            "if not 0 <= member.major < MAJORS",
+            "if not member.major < MAJORS",
+        ),
+        ("names: 255 symlinks for one name", "_HOPS_MAX: Final = 255", "_HOPS_MAX: Final = 254"),
+        ("names: 256 symlinks for one name", "_HOPS_MAX: Final = 255", "_HOPS_MAX: Final = 256"),
+        (
+            "names: empty components and . drop out",
+            'path.split(b"/") if part and part != b"."]',
+            'path.split(b"/") if part]',
+        ),
+        (
+            "names: .. is refused",
+            '            if part == b"..":\n                raise FormatError("\'..\' in a path")',
+            '            if part == b"..":\n                continue',
+        ),
+        (
+            "names: .wh. of the last component is not counted",
+            "(len(_WHITEOUT) if base.startswith(_WHITEOUT) else 0)",
+            "0",
+        ),
+        (
+            "names: a followed component has 255 bytes",
+            "                if len(name) > NAME_BYTES_MAX:\n                    raise",
+            "                if len(name) > NAME_BYTES_MAX + 9:\n                    raise",
+        ),
+        (
+            "names: made parents have mode 0755",
+            "super().__init__(S_IFDIR | 0o755)",
+            "super().__init__(S_IFDIR | 0o700)",
+        ),
+        (
+            "names: an absolute target starts at the root",
+            '                if child.link.startswith(b"/"):\n',
+            "                if False:\n",
+        ),
+        (
+            "names: .. in a target goes up",
+            "                if len(stack) > 1:\n                    stack.pop()",
+            "                pass",
+        ),
+        (
+            "names: .. does not go above the root",
+            "                if len(stack) > 1:\n                    stack.pop()",
+            "                stack.pop()",
+        ),
+        (
+            "names: a missing part of a target is made",
+            "                if not make:\n                    return None",
+            "                if not make or hops:\n                    return None",
+        ),
+        ("names: a target's rest comes after the link", "todo += parts", "todo[:0] = parts"),
+        (
+            "names: a parent that is no directory",
+            'raise FormatError(f"parent is not a directory: {name!r}")',
+            "return stack[-1]",
+        ),
+        (
+            "names: the root changes nothing",
+            "            if not parts:\n                return\n",
+            '            if not parts:\n                raise FormatError("the root")\n',
+        ),
+        (
+            "entries: a directory keeps its children",
+            "        if not isinstance(node, Directory):\n            node = Directory()\n            self._charge",
+            "        if True:\n            node = Directory()\n            self._charge",
+        ),
+        (
+            "entries: a directory's mode is replaced",
+            "        node.mode = S_IFDIR | member.mode\n",
+            "        node.mode = node.mode if node.explicit else S_IFDIR | member.mode\n",
+        ),
+        (
+            "entries: a directory's owner and mtime are replaced",
+            "        node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime\n",
+            "        if not node.explicit:\n"
+            "            node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime\n",
+        ),
+        (
+            "entries: a directory's xattrs are joined",
+            "        node.explicit = True\n        self._join_xattrs",
+            "        node.explicit = True\n        node.xattrs = None\n        self._join_xattrs",
+        ),
+        (
+            "entries: the last entry of a name counts",
+            "            parent.children[base] = node\n\n    def _join",
+            "            parent.children.setdefault(base, node)\n\n    def _join",
+        ),
+        (
+            "hardlink: what stands under the name goes first",
+            "        if base in parent.children:\n            self._replace(parent, base, None)\n",
+            "",
+        ),
+        (
+            "hardlink: parents of the target are followed",
+            "holder = self._walk(parts[:-1], make=False)",
+            "holder = self.root if not parts[:-1] else None",
+        ),
+        (
+            "hardlink: nothing is made for a target",
+            "holder = self._walk(parts[:-1], make=False)",
+            "holder = self._walk(parts[:-1], make=True)",
+        ),
+        (
+            "hardlink: to a directory",
+            "        if isinstance(target, Directory):\n            raise",
+            "        if False:\n            raise",
+        ),
+        (
+            "hardlink: owner and mtime",
+            "        target.uid, target.gid, target.mtime = member.uid, member.gid, member.mtime\n",
+            "",
+        ),
+        ("hardlink: mode", "target.mode = (target.mode & 0o170000) | member.mode", "pass"),
+        ("hardlink: not the mode of a symlink", "        if not target.link:\n", "        if True:\n"),
+        ("hardlink: the capability goes", "            self._set_xattr(target, _CAPABILITY, None)", "            pass"),
+        ("hardlink: its own xattrs are joined", "        self._join_xattrs(target, member.xattrs)\n", ""),
+        ("symlink: mode 0777", "node.mode = S_IFLNK | 0o777", "pass"),
+        (
+            "values: xattrs trusted.* are dropped",
+            '    if name.startswith(b"trusted."):\n        return False',
+            '    if name.startswith(b"trusted.overlay."):\n        return False',
+        ),
+        (
+            "values: xattrs trusted.overlay.* are dropped",
+            '    if name.startswith(b"trusted."):\n',
+            '    if name.startswith(b"trusted.") and b"overlay" not in name:\n',
+        ),
+        (
+            "values: user.* on others is dropped",
+            "mode & 0o170000 not in (S_IFREG, S_IFDIR)",
+            "mode & 0o170000 not in (S_IFREG, S_IFDIR, S_IFLNK)",
+        ),
+        (
+            "values: user.* on directories stays",
+            "mode & 0o170000 not in (S_IFREG, S_IFDIR)",
+            "mode & 0o170000 not in (S_IFREG,)",
+        ),
+        (
+            "values: the later xattr counts",
+            "        node.xattrs[name] = value\n",
+            "        node.xattrs[name] = old if old is not None else value\n",
+        ),
+        ("whiteouts: the opaque mark", "            parent.opaque = True\n", "            pass\n"),
+        ("whiteouts: opaque is y", 'b"trusted.overlay.opaque": b"y"', 'b"trusted.overlay.opaque": b"x"'),
+        ("whiteouts: .wh..wh. and anything else is nothing", "elif not base.startswith(_WHITEOUT_META):", "else:"),
+        ("whiteouts: of no name", 'if name in (b"", b".", b".."):', 'if name in (b"", b"."):'),
+        ("whiteouts: of nothing at all", 'if name in (b"", b".", b".."):', 'if name in (b".", b".."):'),
+        ("whiteouts: of .", 'if name in (b"", b".", b".."):', 'if name in (b"", b".."):'),
+        (
+            "whiteouts: a character device 0:0",
+            "node.children[name] = Inode(S_IFCHR)",
+            "node.children[name] = Inode(S_IFCHR | 0o644)",
+        ),
+        (
+            "whiteouts: the name stays",
+            "                if existing is None:\n                    node",
+            "                if not isinstance(existing, Directory):\n                    node",
+        ),
+        (
+            "whiteouts: a directory of the name becomes opaque",
+            "                    existing.opaque = True",
+            "                    pass",
+        ),
+        (
+            "whiteouts: a mark whatever its type",
+            "        if base.startswith(_WHITEOUT):\n            self._whiteout",
+            "        if base.startswith(_WHITEOUT) and member.type is MemberType.FILE:\n            self._whiteout",
+        ),
+        (
+            "whiteouts: marks go with their directory",
+            "        if not isinstance(node, Directory):\n            node = Directory()\n            self._charge",
+            "        if not isinstance(node, Directory):\n"
+            "            node = Directory()\n            node.opaque = base == b'd'\n            self._charge",
+        ),
+        ("nlink: directories begin with 2", "            node.nlink = 2\n", "            node.nlink = 1\n"),
+        ("nlink: subdirectories count", "                    node.nlink += 1\n", "                    pass\n"),
+        ("nlink: names count", "                    child.nlink += 1\n", "                    child.nlink = 1\n"),
+        ("canonical order: by the bytes of names", "for name in sorted(children):", "for name in children:"),
+        (
+            "canonical order: breadth first",
+            "                    order.append(child)\n",
+            "                    order.insert(1, child)\n",
+        ),
+    ),
+    *mutants(
+        "tar",
+        ("headers: any version of ustar", 'ustar = magic[:6] == b"ustar\\0"', 'ustar = magic == b"ustar\\x0000"'),
+        ("headers: v7 has no prefix", 'ustar = magic[:6] == b"ustar\\0"', "ustar = True"),
+        ("headers: GNU has no prefix", 'ustar = magic[:6] == b"ustar\\0"', 'ustar = magic[:5] == b"ustar"'),
+        ("headers: GNU has device numbers", 'if ustar or magic == b"ustar  \\0":', "if ustar:"),
+        ("headers: v7 has no device numbers", 'if ustar or magic == b"ustar  \\0":', "if True:"),
+        ("headers: prefix, / and name", 'name = prefix + b"/" + name', "name = prefix + name"),
+        ("headers: prefix of 155 bytes", 'b"tar\\0" else 500])', 'b"tar\\0" else 476])'),
+        (
+            "headers: star's prefix",
+            '_cut(record[345 : 476 if record[508:512] == b"tar\\0" else 500])',
+            "_cut(record[345:500])",
+        ),
+        (
+            "headers: text ends at the first NUL",
+            '    return field.split(b"\\0", 1)[0]\n',
+            '    return field.rstrip(b"\\0")\n',
+        ),
+        ("numbers: base-256", "    if first & 0x80:\n", "    if first == 0x80:\n"),
+        ("numbers: bit 6 is the sign", "        if first & 0x40:\n", "        if False:\n"),
+        ("numbers: base-256 without its marker", "value &= (1 << (bits - 1)) - 1", "pass"),
+        ("numbers: base-256 has 64 bits", "return value if -_MAX_64 <= value < _MAX_64 else None", "return value"),
+        ("numbers: blanks and NULs at both ends", 'field.strip(b" \\0")', 'field.rstrip(b" \\0")'),
+        ("numbers: cut at the first NUL", 'text = _cut(field.strip(b" \\0"))', 'text = field.strip(b" \\0")'),
+        ("numbers: empty is 0", "    if not text:\n        return 0\n", "    if not text:\n        return None\n"),
+        (
+            "numbers: octal digits only",
+            '_OCTAL: Final = re.compile(rb"[0-7]+\\Z")',
+            '_OCTAL: Final = re.compile(rb"[0-7]+")',
+        ),
+        ("numbers: mode", 'mode = _number(record[100:108], "mode")', "mode = _value(record[100:108]) or 0"),
+        ("numbers: uid", 'uid = _number(record[108:116], "uid")', "uid = _value(record[108:116]) or 0"),
+        ("numbers: gid", 'gid = _number(record[116:124], "gid")', "gid = _value(record[116:124]) or 0"),
+        ("numbers: size", 'size = _number(record[124:136], "size")', "size = _value(record[124:136]) or 0"),
+        ("numbers: mtime", 'mtime = _number(record[136:148], "mtime")', "mtime = _value(record[136:148]) or 0"),
+        ("numbers: devmajor", 'major = _number(record[329:337], "devmajor")', "major = _value(record[329:337]) or 0"),
+        ("numbers: devminor", 'minor = _number(record[337:345], "devminor")', "minor = _value(record[337:345]) or 0"),
+        ("checksum: is looked at", 'raise FormatError("bad header checksum")', "pass"),
+        (
+            "checksum: may be the sum of signed bytes",
+            "stored != unsigned - 256 * sum(byte > 127 for byte in blanked)",
+            "True",
+        ),
+        ("types: NUL", "    0x00: MemberType.FILE,\n", ""),
+        ("types: NUL with a / is a directory", 'if typeflag == 0 and name.endswith(b"/"):', "if False:"),
+        ("types: 0 with a / is a file", 'if typeflag == 0 and name.endswith(b"/"):', 'if name.endswith(b"/"):'),
+        (
+            "types: 7 is refused",
+            "    0x30: MemberType.FILE,\n",
+            "    0x30: MemberType.FILE,\n    0x37: MemberType.FILE,\n",
+        ),
+        (
+            "types: S is refused",
+            "    0x30: MemberType.FILE,\n",
+            "    0x30: MemberType.FILE,\n    0x53: MemberType.FILE,\n",
+        ),
+        ("types: 3", "    0x33: MemberType.CHAR,\n", "    0x33: MemberType.BLOCK,\n"),
+        ("types: 4", "    0x34: MemberType.BLOCK,\n", "    0x34: MemberType.CHAR,\n"),
+        ("types: 6", "    0x36: MemberType.FIFO,\n", "    0x36: MemberType.CHAR,\n"),
+        ("data length: of types 1 to 6 it is 0", "            follows = size = 0\n", "            follows = size\n"),
+        (
+            "data length: negative",
+            "        if typeflag in (0x30, 0x00):\n            if size < 0:\n",
+            "        if typeflag in (0x30, 0x00):\n            if size < -5:\n",
+        ),
+        (
+            "data length: a directory of type NUL with data",
+            "if size and member_type is MemberType.DIRECTORY:",
+            "if False:",
+        ),
+        ("data length: padding to 512", "self._padding = -follows % RECORD_BYTES", "self._padding = -follows % 1024"),
+        ("end: at a header", "            self._ended = self._zero_records == 2\n", "            self._ended = True\n"),
+        (
+            "end: two zero blocks, then opaque",
+            "            self._ended = self._zero_records == 2\n",
+            "            self._ended = False\n",
+        ),
+        ("end: one zero block and then anything else", "        if self._zero_records:\n", "        if False:\n"),
+        (
+            "end: a part of a header",
+            "        if self._partial:\n            raise",
+            "        if False:\n            raise",
+        ),
+        ("end: data cut short", "        if self._skip > self._padding:\n", "        if False:\n"),
+        ("end: in the padding", "        if self._skip > self._padding:\n", "        if self._skip:\n"),
+        (
+            "end: in an extended header",
+            "        if self._extension is not None:\n            raise",
+            "        if False:\n            raise",
+        ),
+        ("extended: of 1 MiB at the most", "if size > self._limits.extended_header_bytes:", "if False:"),
+        (
+            "extended: of a whole MiB",
+            "if size > self._limits.extended_header_bytes:",
+            "if size >= self._limits.extended_header_bytes:",
+        ),
+        ("extended: L", '0x4C: "L", ', ""),
+        ("extended: K", ', 0x4B: "K"', ""),
+        ("extended: L up to the first NUL", "self._long_name = _cut(body)", 'self._long_name = body.rstrip(b"\\0")'),
+        ("extended: K up to the first NUL", "self._long_link = _cut(body)", 'self._long_link = body.rstrip(b"\\0")'),
+        ("extended: an empty L has no effect", "        if long_name:\n", "        if long_name is not None:\n"),
+        ("extended: an empty K has no effect", "        if long_link:\n", "        if long_link is not None:\n"),
+        (
+            "extended: L goes before pax",
+            "        if long_name:\n            name",
+            "        if long_name and b'path' not in pax:\n            name",
+        ),
+        (
+            "extended: K goes before pax",
+            "        if long_link:\n            link",
+            "        if long_link and b'linkpath' not in pax:\n            link",
+        ),
+        ("pax: length without a sign", "if not digits.isdigit():", 'if not digits.lstrip(b"+").isdigit():'),
+        ("pax: length of 5 is enough", "length < 5 or", "length < 6 or"),
+        ("pax: length exactly that of the record", 'stop > end or body[stop - 1 : stop] != b"\\n" or', ""),
+        ("pax: a key is not empty", "if not equals or not key or", "if not equals or"),
+        ("pax: an equals sign", "if not equals or not key or", "if not key or"),
+        ("pax: no NUL in a key", 'or b"\\0" in key or', "or"),
+        ("pax: no NUL in path", 'frozenset((b"path", ', "frozenset(("),
+        ("pax: no NUL in linkpath", 'b"linkpath", b"uname"', 'b"uname"'),
+        ("pax: no NUL in uname", 'b"linkpath", b"uname"', 'b"linkpath"'),
+        ("pax: no NUL in gname", ', b"gname"))', "))"),
+        ("pax: NULs in other values", '(key in _PLAIN_TEXT_KEYS and b"\\0" in value)', 'b"\\0" in value'),
+        (
+            "pax: the last record of a key counts",
+            "        records[key] = value\n",
+            "        records.setdefault(key, value)\n",
+        ),
+        (
+            "pax: a second x replaces the first",
+            "            self._pax = parse_pax(body)\n",
+            "            self._pax = {**(self._pax or {}), **parse_pax(body)}\n",
+        ),
+        ("pax: an x is for one member", "pax, self._pax = self._pax or {}, None", "pax = self._pax or {}"),
+        ("pax: g must be well formed", "            parse_pax(body)  # malformed", "            # malformed"),
+        (
+            "pax: g drops a pending x",
+            "self._pax = self._long_name = self._long_link = None\n        elif",
+            "self._long_name = self._long_link = None\n        elif",
+        ),
+        (
+            "pax: g drops a pending L",
+            "self._pax = self._long_name = self._long_link = None\n        elif",
+            "self._pax = self._long_link = None\n        elif",
+        ),
+        (
+            "pax: g drops a pending K",
+            "self._pax = self._long_name = self._long_link = None\n        elif",
+            "self._pax = self._long_name = None\n        elif",
+        ),
+        (
+            "pax: g has no effect of its own",
+            "            parse_pax(body)  # malformed ones are refused; well formed ones change nothing\n"
+            "            self._pax = self._long_name",
+            "            self._pax = parse_pax(body)\n            self._long_name",
+        ),
+        (
+            "pax: an empty value leaves the header's field",
+            "            elif not value:\n                continue\n",
+            "            elif not value and key != b'path':\n                continue\n",
+        ),
+        (
+            "pax: an empty number leaves the header's field",
+            "            elif not value:\n                continue\n",
+            "            elif not value and key in (b'path', b'linkpath'):\n                continue\n",
+        ),
+        ("pax: path", "                name = value\n", "                pass\n"),
+        ("pax: linkpath", "                link = value\n", "                pass\n"),
+        ("pax: size", 'size = _pax_number(value, "size")', '_pax_number(value, "size")'),
+        ("pax: uid", 'uid = _pax_number(value, "uid")', '_pax_number(value, "uid")'),
+        ("pax: gid", 'gid = _pax_number(value, "gid")', '_pax_number(value, "gid")'),
+        ("pax: numbers have an optional sign", 'rb"([+-]?)(?=[0-9])0*([0-9]*)\\Z"', 'rb"(-?)(?=[0-9])0*([0-9]*)\\Z"'),
+        ("pax: anything else is no number", 'rb"([+-]?)(?=[0-9])0*([0-9]*)\\Z"', 'rb"([+-]?) ?0*([0-9]*)"'),
+        ("pax: numbers have 64 bits", "if len(digits) > 20 or not -_MAX_64 <= number < _MAX_64:", "if False:"),
+        ("pax: a time may end in a point", r'(?:\.([0-9]*))?\Z"', r'(?:\.([0-9]+))?\Z"'),
+        ("pax: nothing behind a time", r'(?:\.([0-9]*))?\Z"', r'(?:\.([0-9]*))?"'),
+        ("pax: nine digits of a fraction", '(match[2] or b"0")[:9]', '(match[2] or b"0")[:6]'),
+        ("pax: digits from the left", '.ljust(9, b"0")', '.rjust(9, b"0")'),
+        ("pax: seconds of 64 bits", 'seconds = _pax_number(match[1], "mtime")', "seconds = int(match[1])"),
+        ("pax: SCHILY.xattr", 'b"SCHILY.xattr."', 'b"LIBARCHIVE.xattr."'),
+        (
+            "pax: an empty xattr is one",
+            "            if key.startswith(_XATTR_PREFIX):\n",
+            "            if key.startswith(_XATTR_PREFIX) and value:\n",
+        ),
+        ("pax: GNU.sparse.* is refused", 'if key.startswith(b"GNU.sparse."):', 'if key.startswith(b"GNU.sparse.m"):'),
+        (
+            "pax: GNU.sparse.* in any x",
+            'if key.startswith(b"GNU.sparse."):',
+            'if key.startswith(b"GNU.sparse.") and b"GNU.sparse.major" in self._pax:',
+        ),
+        ("values: the lower 12 bits of mode", "mode & 0o7777, uid, gid, (mtime", "mode & 0o777, uid, gid, (mtime"),
+        ("values: no more than 12 bits of mode", "mode & 0o7777, uid, gid, (mtime", "mode & 0o17777, uid, gid, (mtime"),
+        ("values: uid of 2^32 - 2", "if not 0 <= uid <= 0xFFFFFFFE or", "if not 0 <= uid <= 0xFFFFFFFD or"),
+        ("values: uid of 2^32 - 1", "if not 0 <= uid <= 0xFFFFFFFE or", "if not 0 <= uid <= 0xFFFFFFFF or"),
+        (
+            "values: uid is not negative",
+            "if not 0 <= uid <= 0xFFFFFFFE or",
+            "uid = max(uid, 0)\n        if not 0 <= uid <= 0xFFFFFFFE or",
+        ),
+        ("values: gid of 2^32 - 1", "not 0 <= gid <= 0xFFFFFFFE:", "not 0 <= gid <= 0xFFFFFFFF:"),
+        ("values: gid of 2^32 - 2", "not 0 <= gid <= 0xFFFFFFFE:", "not 0 <= gid <= 0xFFFFFFFD:"),
+        ("values: gid is not negative", "not 0 <= gid <= 0xFFFFFFFE:", "not gid <= 0xFFFFFFFE:"),
+        (
+            "values: the last time",
+            "_LAST_TIME: Final = (9223372036, 854775807)",
+            "_LAST_TIME: Final = (9223372036, 854775806)",
+        ),
+        (
+            "values: past the last time",
+            "_LAST_TIME: Final = (9223372036, 854775807)",
+            "_LAST_TIME: Final = (9223372036, 854775808)",
+        ),
+        (
+            "values: a negative time is 0",
+            "if not (0, 0) <= (mtime, nanoseconds) <= _LAST_TIME:",
+            "if not (mtime, nanoseconds) <= _LAST_TIME:",
+        ),
+    ),
+]
+
+
+# --- in the process of one mutant
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads one module from a text."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return importlib.util.spec_from_loader(fullname, self) if fullname == self._name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self._text, f"<mutant of {self._name}>", "exec"), module.__dict__)
+
+
+def vectors() -> list[tuple[bytes, dict[str, Any]]]:
+    """Tars with what is known of them, small ones first."""
+    cases = make_tars.CASES | more_tars.CASES
+    found = []
+    for path in sorted(HERE.glob("tar-index*.json")):
+        for vector in json.loads(path.read_text())["vectors"]:
+            found.append((bytes(cases[vector["name"]]()), vector))
+    return sorted(found, key=lambda pair: len(pair[0]))
+
+
+def fails(tar: bytes, vector: dict[str, Any]) -> bool:
+    """As tests/golden/test_tar_index.py has it."""
+    from blockdev.errors import BlockdevError
+    from blockdev.formats.layer_file import FORMATS, LayerWriter
+    from blockdev.formats.limits import Limits
+    from verity.hasher import LeafStore
+
+    out, heads = bytearray(), list[bytes]()
+    try:
+        writer = LayerWriter(
+            FORMATS["tar-index"], write=out.extend, write_head=heads.append, leaves=LeafStore(), limits=Limits()
+        )
+        writer.feed(tar)
+        built = writer.finish()
+    except BlockdevError:
+        return "refused" not in vector
+    return (
+        "refused" in vector
+        or built.root_hash.hex() != vector["root_hash"]
+        or hashlib.sha256(heads[0] + bytes(out)).hexdigest() != vector["file_sha256"]
+    )
+
+
+def _child(mutant: Mutant, known: list[tuple[bytes, dict[str, Any]]]) -> int:
+    """0: no vector fails; 1: one does; 2: the text is not there."""
+    signal.alarm(SECONDS_PER_MUTANT)  # a loop without an end is noticed, too
+    try:
+        text = mutant.text()
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sys.meta_path.insert(0, _Finder(f"blockdev.formats.{mutant.module}", text))
+    try:
+        return any(fails(tar, vector) for tar, vector in known)
+    except Exception:
+        return 1
+
+
+def survivors(chosen: Iterable[Mutant]) -> list[str]:
+    """What no vector notices, or what is not where it was."""
+    assert not any(name.startswith("blockdev.formats") for name in sys.modules), "imported before it could be changed"
+    known, found = vectors(), []
+    for mutant in chosen:
+        pid = os.fork()
+        if not pid:
+            os._exit(_child(mutant, known))
+        status = os.waitpid(pid, 0)[1]
+        if not status:
+            found.append(f"no vector notices: {mutant.rule}: {mutant.module}.py, {mutant.old.strip()!r}")
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
+            found.append(f"not where it was: {mutant.rule}: {mutant.module}.py, {mutant.old.strip()!r}")
+    return found
+
+
+def main() -> int:
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.rule for word in sys.argv[1:])]
+    found = survivors(chosen)
+    print("\n".join([*found, f"{len(chosen)} changes, {len(found)} not noticed"]))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden layers as others see them: the kernel's mount, fsck.erofs and veritysetup, against the model of the document.
+
+So the bytes of a vector are no agreement between two programs of ours only.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from blockdev.kernel import mounts
+from tests.golden.test_tar_index import MORE, build, tar_of
+from tests.harness import EROFS_UTILS, erofs_tool
+from tests.property import reference
+from verity import veritysetup
+from verity.params import PRESETS
+from verity.tree import Geometry
+
+pytestmark = [pytest.mark.root, pytest.mark.tool]
+
+TAKEN: Final = [vector for vector in MORE if "refused" not in vector]
+
+
+def parametrized(vectors: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("vector", vectors, ids=lambda vector: str(vector["name"]))
+
+
+@pytest.fixture
+def layer(vector: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "layer"
+    path.write_bytes(build(tar_of(vector["name"]))[1])
+    return path
+
+
+@pytest.fixture
+def mounted(layer: Path, tmp_path: Path) -> Iterator[Path]:
+    target = tmp_path / "mounted"
+    target.mkdir()
+    mounts.mount_erofs(layer, target, 512)
+    try:
+        yield target
+    finally:
+        mounts.unmount(target)
+
+
+def seen(path: bytes) -> dict[str, Any]:
+    """What the kernel says of one name."""
+    # The kernel takes no name over 255 bytes in a call, prefix included; of a longer one it says only that it is there.
+    status = os.lstat(path)
+    kind = stat.S_IFMT(status.st_mode)
+    return {
+        "mode": status.st_mode,
+        "owner": (status.st_uid, status.st_gid),
+        "mtime": status.st_mtime_ns,
+        "links": status.st_nlink,
+        "device": (os.major(status.st_rdev), os.minor(status.st_rdev)),
+        "link": os.readlink(path) if kind == stat.S_IFLNK else b"",
+        "data": Path(os.fsdecode(path)).read_bytes() if kind == stat.S_IFREG else b"",
+        "xattrs": {
+            os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) if len(name) <= 255 else b""
+            for name in os.listxattr(path, follow_symlinks=False)
+        },
+    }
+
+
+@pytest.mark.erofs
+@parametrized(TAKEN)
+def test_the_kernel_sees_the_tree_of_the_model(vector: dict[str, Any], mounted: Path) -> None:
+    root = reference.read_tar(tar_of(vector["name"]))
+    nodes, counts = reference.flat(root), reference.link_counts(root)
+    base = os.fsencode(mounted)
+    found = {b""}
+    for directory, directories, files in os.walk(base):
+        found |= {os.path.relpath(os.path.join(directory, name), base) for name in directories + files}
+    assert found == nodes.keys()
+    inodes: dict[int, reference.Node] = {}
+    for path, node in nodes.items():
+        assert seen(base + b"/" + path if path else base) == {
+            "mode": reference.FORMAT_BITS[node.kind] | node.mode,
+            "owner": (node.uid, node.gid),
+            "mtime": node.mtime[0] * 10**9 + node.mtime[1],
+            "links": counts[id(node)],
+            "device": node.rdev,
+            "link": node.target,
+            "data": node.data,
+            "xattrs": {name: value if len(name) <= 255 else b"" for name, value in node.xattrs.items()},
+        }, path
+        assert inodes.setdefault(os.lstat(base + b"/" + path).st_ino, node) is node
+
+
+@parametrized(TAKEN)
+def test_veritysetup_takes_the_tree(vector: dict[str, Any], layer: Path) -> None:
+    geometry = Geometry(vector["data_size"] // 512, PRESETS["tar-index"])
+    veritysetup.verify(str(layer), geometry, bytes.fromhex(vector["root_hash"]))
+
+
+@pytest.mark.skipif(not EROFS_UTILS.exists(), reason="no erofs-utils 1.9; ./dev setup brings it")
+@parametrized(TAKEN)
+def test_fsck_extracts_the_tree_of_the_model(vector: dict[str, Any], layer: Path, tmp_path: Path) -> None:
+    nodes = reference.flat(reference.read_tar(tar_of(vector["name"])))
+    extracted = tmp_path / "extracted"
+    erofs_tool("fsck.erofs", f"--extract={extracted}", "--preserve", layer)
+    base = os.fsencode(extracted)
+    for path, node in nodes.items():
+        status = os.lstat(base + b"/" + path)
+        assert stat.S_IFMT(status.st_mode) == reference.FORMAT_BITS[node.kind], path
+        if node.kind == "file":
+            assert Path(os.fsdecode(base + b"/" + path)).read_bytes() == node.data, path
+            assert (status.st_uid, status.st_gid) == (node.uid, node.gid), path
+    assert sum(len(files) + len(directories) for _, directories, files in os.walk(base)) == len(nodes) - 1
