@@ -7,6 +7,7 @@ bytes of what is in here are frozen as well, once a vector in tar-index-more.jso
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Final
 
@@ -144,6 +145,13 @@ one(
     PX(*(xattr(b"user.%d" % n, b"v" * size) for n, size in enumerate((65535, 65535, 65535, 65512)))) + F(b"f"),
 )
 one("mt-xattr-body-with-opaque-too-long", CASES["mt-xattr-body-limit"]()[:-1024] + F(b"d/.wh..wh..opq"))
+
+
+@case
+def mt_three_levels() -> bytes:
+    """Over 16384 data blocks: a hash tree of three levels."""
+    return bytes(F(b"f", hashlib.shake_128(b"three levels").digest(9 * MEBIBYTE + 5)) + EOA)
+
 
 # ---------------------------------------------------------------- headers
 

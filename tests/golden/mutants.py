@@ -11,6 +11,7 @@ place of the real one and builds layers until the first vector fails.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.abc
 import importlib.util
 import json
@@ -27,13 +28,13 @@ from typing import Any, Final
 from tests.golden import make_tars, more_tars
 
 HERE: Final = Path(__file__).parent
-ENGINE: Final = HERE.parent.parent / "blockdev" / "formats"
+CHECKOUT: Final = HERE.parent.parent
 SECONDS_PER_MUTANT: Final = 60
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`rule`: words of docs/formats.md; `module`: of blockdev.formats."""
+    """`rule`: words of docs/formats.md; `module`: its full name."""
 
     rule: str
     module: str
@@ -42,10 +43,10 @@ class Mutant:
 
     def text(self) -> str:
         """The changed module. Raises LookupError where the text is not, or not only, where it was."""
-        source = (ENGINE / f"{self.module}.py").read_text()
+        source = (CHECKOUT / f"{self.module.replace('.', '/')}.py").read_text()
         count = source.count(self.old)
         if count != 1:
-            raise LookupError(f"{self.rule}: {self.module}.py has {self.old!r} {count} times, not once")
+            raise LookupError(f"{self.rule}: {self.module} has {self.old!r} {count} times, not once")
         return source.replace(self.old, self.new)
 
 
@@ -55,7 +56,7 @@ def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 MUTANTS: Final = [
     *mutants(
-        "layer_file",
+        "blockdev.formats.layer_file",
         ("file map: the tar at 4096", "HEAD_BYTES: Final = 4096", "HEAD_BYTES: Final = 8192"),
         (
             "file map: meta_off",
@@ -138,7 +139,7 @@ MUTANTS: Final = [
         ("verity: digest of the head", "self._leaves.replace(0, leaf_digests(head, params))", "pass"),
     ),
     *mutants(
-        "erofs",
+        "blockdev.formats.erofs",
         ("superblock: magic", "0xE0F5E1E2", "0xE0F5E1E3"),
         (
             "superblock: feature_compat",
@@ -149,7 +150,7 @@ MUTANTS: Final = [
         ("superblock: checksum's start", "crc = 0xFFFFFFFF", "crc = 0"),
         ("superblock: no inversion at the end", "    return crc\n", "    return crc ^ 0xFFFFFFFF\n"),
         ("device numbers: low bits of the minor", "(minor & 0xFF)", "(minor & 0x7F)"),
-        ("device numbers: high bits of the minor", "<< 12)", "<< 20)"),
+        ("device numbers: high bits of the minor", "<< 12)", "<< 11)"),
         ("device numbers: major", "(major << 8)", "(major << 16)"),
         ("dirent: file type", "    0o060000: 4,", "    0o060000: 3,"),
         ("dirent: type of a fifo", "    0o010000: 5,", "    0o010000: 6,"),
@@ -186,7 +187,7 @@ MUTANTS: Final = [
         ),
     ),
     *mutants(
-        "erofs_writer",
+        "blockdev.formats.erofs_writer",
         ("metadata: 64 zero bytes first", "_RESERVED_BYTES: Final = 64", "_RESERVED_BYTES: Final = 128"),
         (
             "inlined: a directory's last block",
@@ -270,7 +271,7 @@ MUTANTS: Final = [
         ),
     ),
     *mutants(
-        "file_tree",
+        "blockdev.formats.file_tree",
         ("limits: component of 255 bytes", "NAME_BYTES_MAX: Final = 255", "NAME_BYTES_MAX: Final = 254"),
         ("limits: component of 256 bytes", "NAME_BYTES_MAX: Final = 255", "NAME_BYTES_MAX: Final = 256"),
         (
@@ -475,7 +476,7 @@ MUTANTS: Final = [
         ),
     ),
     *mutants(
-        "tar",
+        "blockdev.formats.tar",
         ("headers: any version of ustar", 'ustar = magic[:6] == b"ustar\\0"', 'ustar = magic == b"ustar\\x0000"'),
         ("headers: v7 has no prefix", 'ustar = magic[:6] == b"ustar\\0"', "ustar = True"),
         ("headers: GNU has no prefix", 'ustar = magic[:6] == b"ustar\\0"', 'ustar = magic[:5] == b"ustar"'),
@@ -694,6 +695,24 @@ MUTANTS: Final = [
             "if not (mtime, nanoseconds) <= _LAST_TIME:",
         ),
     ),
+    *mutants(
+        "verity.params",
+        ("verity: data blocks of 512, hash blocks of 4096", "Params(512, 4096)", "Params(512, 2048)"),
+        ("verity: a salt of 32 zero bytes", "salt: bytes = bytes(32)", 'salt: bytes = b""'),
+    ),
+    *mutants(
+        "verity.tree",
+        ("verity: the top level comes first", "for level in reversed(upper):", "for level in upper:"),
+        (
+            "verity: zeros fill the last hash block",
+            "digests + bytes(-len(digests) % size)",
+            'digests.ljust(-(-len(digests) // size) * size, b"x")',
+        ),
+    ),
+    *mutants(
+        "verity.trailer",
+        ("trailer: the record at 3584", 'struct.Struct("<IIQ")', 'struct.Struct(">IIQ")'),
+    ),
 ]
 
 
@@ -749,23 +768,32 @@ def fails(tar: bytes, vector: dict[str, Any]) -> bool:
 
 
 def _child(mutant: Mutant, known: list[tuple[bytes, dict[str, Any]]]) -> int:
-    """0: no vector fails; 1: one does; 2: the text is not there."""
+    """0: no vector fails; 1: one does; 2: the text is not there, or is no program any more."""
     signal.alarm(SECONDS_PER_MUTANT)  # a loop without an end is noticed, too
     try:
         text = mutant.text()
     except LookupError as error:
         print(error, file=sys.stderr)
         return 2
-    sys.meta_path.insert(0, _Finder(f"blockdev.formats.{mutant.module}", text))
+    sys.meta_path.insert(0, _Finder(mutant.module, text))
+    try:
+        importlib.import_module(mutant.module)
+    except Exception as error:
+        print(f"{mutant.rule}: not even imported: {error}", file=sys.stderr)
+        return 2
     try:
         return any(fails(tar, vector) for tar, vector in known)
-    except Exception:
+    except Exception as error:
+        if os.environ.get("MUTANTS_SHOW"):
+            print(f"{mutant.rule}: {error!r}", file=sys.stderr)
         return 1
 
 
 def survivors(chosen: Iterable[Mutant]) -> list[str]:
     """What no vector notices, or what is not where it was."""
-    assert not any(name.startswith("blockdev.formats") for name in sys.modules), "imported before it could be changed"
+    assert not any(name.startswith(("blockdev", "verity")) for name in sys.modules), (
+        "imported before it could be changed"
+    )
     known, found = vectors(), []
     for mutant in chosen:
         pid = os.fork()
@@ -773,9 +801,9 @@ def survivors(chosen: Iterable[Mutant]) -> list[str]:
             os._exit(_child(mutant, known))
         status = os.waitpid(pid, 0)[1]
         if not status:
-            found.append(f"no vector notices: {mutant.rule}: {mutant.module}.py, {mutant.old.strip()!r}")
+            found.append(f"no vector notices: {mutant.rule}: {mutant.module}, {mutant.old.strip()!r}")
         elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
-            found.append(f"not where it was: {mutant.rule}: {mutant.module}.py, {mutant.old.strip()!r}")
+            found.append(f"not where it was: {mutant.rule}: {mutant.module}, {mutant.old.strip()!r}")
     return found
 
 
