@@ -382,7 +382,7 @@ def inspect(path: Path, root_hash: str | None = None) -> dict[str, Any]:
             "salt": params.salt.hex(),
             "entries": layer.entries,
             "dm_table": dm_table("DEVICE", geometry, root) if root else None,
-            "veritysetup": veritysetup.command_line(text_of(os.fsencode(path)), geometry, root.hex()) if root else None,
+            "veritysetup": veritysetup.command_line(_shell_path(path), geometry, root.hex()) if root else None,
             "superblock": _superblock(opened),
             "regions": [
                 {"name": region.name, "offset_bytes": region.offset_bytes, "size_bytes": region.size_bytes}
@@ -398,6 +398,11 @@ def inspect(path: Path, root_hash: str | None = None) -> dict[str, Any]:
         except BlockdevError as error:
             record["index_error"] = str(error)
     return record
+
+
+def _shell_path(path: Path) -> str:
+    """As it is, for a command line; what is not UTF-8 is escaped all the same."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _superblock(opened: _Opened) -> dict[str, Any]:

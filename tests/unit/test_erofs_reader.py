@@ -642,3 +642,18 @@ def test_modes_are_those_of_the_system() -> None:
     found = Layer(file(b"f"), directory(b"d"), symlink(b"l", b"t"), other(b"p", b"6")).entries()
     tests = {b"f": stat.S_ISREG, b"d": stat.S_ISDIR, b"l": stat.S_ISLNK, b"p": stat.S_ISFIFO}
     assert all(test(found[path].mode) for path, test in tests.items())
+
+
+def test_names_that_wait_do_not_hold_their_paths() -> None:
+    """In each of many nested directories one name comes after the next directory, and so waits."""
+    path, members = b"", []
+    for _ in range(200):
+        members.append(pax((b"path", path + b"z")) + file(b"x"))
+        path += b"d" * 250 + b"/"
+    layer = Layer(*members)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in layer.reader().walk()) == 400
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # all those paths together are five times that
+    finally:
+        tracemalloc.stop()
