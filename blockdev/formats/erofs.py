@@ -44,7 +44,6 @@ assert INODE.size == INODE_BYTES
 _XATTR_PREFIXES: Final = {b"user": 1, b"trusted": 4, b"security": 6}
 _XATTR_WHOLE: Final = {b"system.posix_acl_access": 2, b"system.posix_acl_default": 3}
 XATTR_BODY_BYTES_MAX: Final = XATTR_HEADER_BYTES + 4 * (0xFFFF - 1)
-XATTR_NAME_BYTES_MAX: Final = 0xFF  # without its prefix
 XATTR_VALUE_BYTES_MAX: Final = 0xFFFF
 
 

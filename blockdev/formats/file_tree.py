@@ -321,7 +321,7 @@ class FileTree:
             node.xattr_bytes -= erofs.xattr_entry_bytes(rest, old)
         if value is None:
             return
-        if len(rest) > erofs.XATTR_NAME_BYTES_MAX or len(value) > erofs.XATTR_VALUE_BYTES_MAX:
+        if len(value) > erofs.XATTR_VALUE_BYTES_MAX:
             raise FormatError(f"xattr {name[:80]!r} of {len(value)} bytes is over the format's limit")
         node.xattrs[name] = value
         node.xattr_bytes += erofs.xattr_entry_bytes(rest, value)

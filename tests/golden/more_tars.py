@@ -109,26 +109,49 @@ def mt_device_numbers() -> bytes:
 @case
 def mt_xattr_names() -> bytes:
     """ACLs have an index each; names with nothing behind their prefix have none."""
-    acl = b"\x02\0\0\0" + b"\x01\0\6\0\xff\xff\xff\xff" + b"\x04\0\4\0\xff\xff\xff\xff" + b"\x20\0\4\0\xff\xff\xff\xff"
+    acl = acl_of((1, 7), (2, 5), (4, 5), (16, 5), (32, 0))
     names = (
         b"system.posix_acl_access",
         b"system.posix_acl_default",
-        b"user.",
-        b"security.",
         b"trusted.",
         b"system.x",
         b"system.posix_acl_access.x",
         b"user.a.b",
         b"user",
-        b"",
     )
     return bytes(PX(*(xattr(name, acl) for name in names)) + D(b"d") + EOA)
 
 
+for _number, _nameless in enumerate((b"", b"user.", b"security.")):
+    one(f"mt-xattr-without-a-name-{_number}", PX(xattr(_nameless, b"1")) + F(b"f"))
+
+
+def acl_of(*entries: tuple[int, int]) -> bytes:
+    """(tag, permissions); the id is 0 for a named user, else none."""
+    ids = (b"\0" * 4 if tag == 2 else b"\xff" * 4 for tag, _ in entries)
+    body = (bytes((tag, 0, allowed, 0)) + name for (tag, allowed), name in zip(entries, ids, strict=True))
+    return b"\2\0\0\0" + b"".join(body)
+
+
+@case
+def mt_acls_that_say_nothing() -> bytes:
+    """Dropped, but for the last: a default one of three entries, which the mode does not say."""
+    access, default = b"system.posix_acl_access", b"system.posix_acl_default"
+    minimal = acl_of((1, 7), (4, 5), (32, 0))
+    tar = b""
+    for number, value in enumerate((b"", b"\2\0\0\0", b"\1" + minimal[1:])):
+        tar += PX(xattr(access, value), xattr(default, value)) + D(b"d%d" % number)
+    return bytes(tar + PX(xattr(access, minimal), xattr(default, minimal)) + D(b"d3") + EOA)
+
+
 @case
 def mt_xattr_limits() -> bytes:
-    """A name of 255 bytes, a value of 65535."""
-    return bytes(PX(xattr(b"user." + b"n" * 255, b"v"), xattr(b"user.v", b"v" * 65535)) + F(b"f") + EOA)
+    """A name of 255 bytes with its prefix, a value of 65535; no limit for what is dropped."""
+    dropped = xattr(b"trusted." + b"n" * 300, b"v")
+    return bytes(PX(xattr(b"user." + b"n" * 250, b"v"), xattr(b"user.v", b"v" * 65535), dropped) + F(b"f") + EOA)
+
+
+one("mt-xattr-name-of-256", PX(xattr(b"user." + b"n" * 251, b"v")) + F(b"f"))
 
 
 @case
@@ -184,9 +207,14 @@ def mt_numbers() -> bytes:
         + F(b"ids", raw={"uid": b256(2**32 - 2, 8), "gid": b256(2**32 - 2, 8)})
         + F(b"time", raw={"mtime": b256(2**63 - 1, 12)})
         + F(b"name\0hidden", b"1")
-        + sealed(F(b"checksum"), b256(sum(hdr(b"checksum")[:148] + hdr(b"checksum")[156:]) + 256, 8))
         + EOA
     )
+
+
+one(
+    "mt-checksum-base256",
+    sealed(F(b"checksum"), b256(sum(hdr(b"checksum")[:148] + hdr(b"checksum")[156:]) + 256, 8)),
+)
 
 
 for _field, _width in (("mode", 8), ("uid", 8), ("gid", 8), ("size", 12), ("mtime", 12), ("dmaj", 8), ("dmin", 8)):
@@ -202,7 +230,7 @@ one("mt-gid-negative", F(b"f", raw={"gid": b256(-1, 8)}))
 one("mt-uid-too-large-of-the-root", D(b"./", raw={"uid": b256(2**32 - 1, 8)}))
 one("mt-uid-too-large-of-a-whiteout", F(b".wh.x", raw={"uid": b256(2**32 - 1, 8)}))
 one("mt-size-negative", F(b"f", raw={"size": b256(-1, 12)}))
-one("mt-pax-size-heals", PX((b"size", b"3")) + hdr(b"f", b"0", raw={"size": b256(-1, 12)}) + pad(b"abc"))
+one("mt-pax-size-does-not-heal", PX((b"size", b"3")) + hdr(b"f", b"0", raw={"size": b256(-1, 12)}) + pad(b"abc"))
 one("mt-pax-size-negative", PX((b"size", b"-1")) + F(b"f"))
 one("mt-nul-directory-with-data", hdr(b"d/", b"\0", 512, mode=0o755) + F(b"inside", b"x")[:512])
 for _typ in b"78SVDMNXZ":
@@ -279,7 +307,7 @@ def mt_pax_values() -> bytes:
         + F(b"far")
         + PX((b"mtime", b"-0.5"))
         + F(b"below")
-        + PX((b"comment", b"a\0b"), (b"hdrcharset", b"BINARY"), (b"atime", b"never"), (b"ctime", b"x"))
+        + PX((b"comment", b"a\0b"), (b"hdrcharset", b"BINARY"), (b"atime", b"1.5"), (b"ctime", b"-3"))
         + F(b"ignored")
         + raw_pax(b"5 a=\n0013 path=ze\n")
         + F(b"x8")
@@ -458,6 +486,7 @@ def mt_entries() -> bytes:
     for first, make in enumerate(kinds):
         for second, then in enumerate(kinds):
             out += make(b"n%d%d" % (first, second)) + then(b"n%d%d" % (first, second))
+    out += F(b"t")  # what the symlinks lead to, or the time of the directories that they replace had no place
     out += F(b"made/x") + D(b"made", mode=0o700, uid=1) + PX(xattr(b"user.a", b"1")) + D(b"made", mode=0o711)
     return bytes(
         out
@@ -469,6 +498,66 @@ def mt_entries() -> bytes:
         + D(b"gone")
         + EOA
     )
+
+
+one("mt-whiteout-of-255-and-a-dot", PX((b"path", b".wh." + b"n" * 255 + b"/.")) + F(b"x"))
+
+for _key in (b"atime", b"ctime"):
+    one(f"mt-pax-{_key.decode()}-is-no-time", PX((_key, b"never")) + F(b"f"))
+
+
+@case
+def mt_late_times() -> bytes:
+    """The time of a directory's entry is set at the end, by name, wherever that leads then."""
+    return bytes(
+        D(b"file", mtime=5)
+        + F(b"file", b"1", mtime=6)
+        + D(b"link", mtime=7)
+        + S(b"link", b"target", mtime=8)
+        + F(b"target", mtime=9)
+        + D(b"twice", mtime=10)
+        + F(b"twice", mtime=11)
+        + D(b"twice", mtime=12)
+        + EOA
+    )
+
+
+one("mt-late-time-of-what-is-gone", D(b"a/b") + F(b"a"))
+one("mt-late-time-below-a-dangling-link", D(b"a") + S(b"a", b"b"))
+
+
+@case
+def mt_link_with_a_slash() -> bytes:
+    tar = F(b"f", b"1") + S(b"s", b"f") + S(b"s2", b"s") + H(b"plain", b"s")
+    return bytes(tar + H(b"slash", b"s2/") + H(b"dot", b"s2/.") + EOA)
+
+
+@case
+def mt_set_group_id() -> bytes:
+    tar = D(b"d", mode=0o2755, gid=7) + F(b"d/made/deep/f") + D(b"e", gid=8) + F(b"e/made/f")
+    return bytes(tar + D(b"d/entry", gid=9) + EOA)
+
+
+@case
+def mt_prefixes() -> bytes:
+    """star's of 131 bytes; GNU's where Go before 1.8 put one, and where there are times."""
+    long = b"p" * 131 + b"/"
+    times = b"00000001234\0"
+    star = hdr(b"star", prefix=long[:131] + times + times)
+    return bytes(
+        sealed(star[:508] + b"tar\0")
+        + hdr(b"old-go", prefix=b"usr/share", magic=GNU)
+        + hdr(b"change-time", prefix=times + b"x" * 12, magic=GNU)
+        + hdr(b"times", prefix=times * 2 + b"more", magic=GNU)
+        + hdr(b"no-access-time", prefix=bytes(12) + times + b"more", magic=GNU)
+        + hdr(b"not-ascii", prefix=b"usr/\xff", magic=GNU)
+        + EOA
+    )
+
+
+for _at in (476, 488):
+    _star = hdr(b"star")[:508] + b"tar\0"
+    one(f"mt-star-time-at-{_at}", sealed(_star[:_at] + b"garbage".ljust(12, b"\0") + _star[_at + 12 :]))
 
 
 for _name, _text in (("nothing", b".wh."), ("dot", b".wh.."), ("dot-dot", b".wh...")):

@@ -58,47 +58,9 @@ MUTANTS: Final = [
     *mutants(
         "blockdev.formats.layer_file",
         ("file map: the tar at 4096", "HEAD_BYTES: Final = 4096", "HEAD_BYTES: Final = 8192"),
-        (
-            "file map: meta_off",
-            "        writer.pad(ALIGNMENT_BYTES)\n        metadata_offset",
-            "        writer.pad(512)\n        metadata_offset",
-        ),
-        (
-            "file map: data_size",
-            "data_size = align(metadata_offset + area.size_bytes, ALIGNMENT_BYTES)",
-            "data_size = align(metadata_offset + area.size_bytes + 1, ALIGNMENT_BYTES)",
-        ),
         ("identity: magic", 'b"TARINDEX"', 'b"TARINDEy"'),
         ("identity: version", "self.MAGIC, 1, 0, self.tar_offset_bytes", "self.MAGIC, 2, 0, self.tar_offset_bytes"),
         ("identity: flags", "self.MAGIC, 1, 0, self.tar_offset_bytes", "self.MAGIC, 1, 1, self.tar_offset_bytes"),
-        ("identity: tar_off", "identity = Identity(HEAD_BYTES,", "identity = Identity(0,"),
-        (
-            "identity: tar_len",
-            "identity = Identity(HEAD_BYTES, tar_size,",
-            "identity = Identity(HEAD_BYTES, tar_size + 1,",
-        ),
-        (
-            "identity: meta_off",
-            "identity = Identity(HEAD_BYTES, tar_size, metadata_offset,",
-            "identity = Identity(HEAD_BYTES, tar_size, metadata_offset + 512,",
-        ),
-        (
-            "identity: diff ID",
-            "Identity(HEAD_BYTES, tar_size, metadata_offset, diff_id)",
-            "Identity(HEAD_BYTES, tar_size, metadata_offset, bytes(32))",
-        ),
-        ("superblock: blkszbits", "block_bits=block.bit_length() - 1", "block_bits=block.bit_length()"),
-        ("superblock: root_nid", "root_nid=root_nid,", "root_nid=2,"),
-        ("superblock: inos", "inodes=inodes,", "inodes=inodes + 1,"),
-        ("superblock: blocks", "blocks=data_size_bytes // block,", "blocks=data_size_bytes // block - 1,"),
-        ("superblock: meta_blkaddr", "meta_block=identity.metadata_offset_bytes // block,", "meta_block=0,"),
-        ("superblock: uuid", "uuid=layer_uuid(self.format.name, identity.diff_id)", "uuid=bytes(16)"),
-        ("superblock: checksum", "erofs.crc32c(covered)", "0"),
-        (
-            "superblock: checksum over one block",
-            "covered = bytearray(superblock.ljust(block,",
-            "covered = bytearray(superblock.ljust(4 * block,",
-        ),
         ("uuid: the words in front", 'b"tar-index:v1:"', 'b"tar-index:v2:"'),
         ("uuid: the format's name", 'format_name.encode("ascii") + b":"', 'b""'),
         ("uuid: version 8", "uuid[6] & 0x0F | 0x80", "uuid[6] & 0x0F | 0x40"),
@@ -114,29 +76,7 @@ MUTANTS: Final = [
             "self.data_size_bytes, self.tree_size_bytes, self.levels",
             "self.data_blocks, self.tree_size_bytes, self.levels",
         ),
-        (
-            "trailer: tree length",
-            "data_size, geometry.tree_size_bytes, len(geometry.levels), root_hash",
-            "data_size, 4096, len(geometry.levels), root_hash",
-        ),
-        (
-            "trailer: levels",
-            "geometry.tree_size_bytes, len(geometry.levels), root_hash",
-            "geometry.tree_size_bytes, 1, root_hash",
-        ),
-        (
-            "trailer: root hash",
-            "len(geometry.levels), root_hash, diff_id)",
-            "len(geometry.levels), bytes(32), diff_id)",
-        ),
-        (
-            "trailer: diff ID",
-            "len(geometry.levels), root_hash, diff_id)",
-            "len(geometry.levels), root_hash, bytes(32))",
-        ),
         ("trailer: checksum", "hashlib.sha256(head).digest()", "bytes(32)"),
-        ("trailer: record at 3584", "out.ljust(TRAILER_BYTES - 512", "out.ljust(TRAILER_BYTES - 1024"),
-        ("verity: digest of the head", "self._leaves.replace(0, leaf_digests(head, params))", "pass"),
     ),
     *mutants(
         "blockdev.formats.erofs",
@@ -168,12 +108,6 @@ MUTANTS: Final = [
             "xattrs: nothing behind the prefix has no index",
             "index is not None and rest else None",
             "index is not None else None",
-        ),
-        ("limits: xattr name of 255 bytes", "XATTR_NAME_BYTES_MAX: Final = 0xFF", "XATTR_NAME_BYTES_MAX: Final = 0xFE"),
-        (
-            "limits: xattr name of 256 bytes",
-            "XATTR_NAME_BYTES_MAX: Final = 0xFF",
-            "XATTR_NAME_BYTES_MAX: Final = 0x100",
         ),
         (
             "limits: xattr value of 65535 bytes",
@@ -255,11 +189,6 @@ MUTANTS: Final = [
             '[b".", b"..", *sorted(node.children)]',
         ),
         (
-            "directories: .. of a directory",
-            "number, mode = self._parents[node.number], node.mode",
-            "number, mode = 0, node.mode",
-        ),
-        (
             "directories: filled greedily",
             "need = erofs.DIRENT.size + len(name)\n            if used + need > block:\n                full",
             "need = erofs.DIRENT.size + len(name)\n            if used + need >= block:\n                full",
@@ -300,16 +229,6 @@ MUTANTS: Final = [
             "names: empty components and . drop out",
             'path.split(b"/") if part and part != b"."]',
             'path.split(b"/") if part]',
-        ),
-        (
-            "names: .. is refused",
-            '            if part == b"..":\n                raise FormatError("\'..\' in a path")',
-            '            if part == b"..":\n                continue',
-        ),
-        (
-            "names: .wh. of the last component is not counted",
-            "(len(_WHITEOUT) if base.startswith(_WHITEOUT) else 0)",
-            "0",
         ),
         (
             "names: a followed component has 255 bytes",
@@ -353,11 +272,6 @@ MUTANTS: Final = [
             '            if not parts:\n                raise FormatError("the root")\n',
         ),
         (
-            "entries: a directory keeps its children",
-            "        if not isinstance(node, Directory):\n            node = Directory()\n            self._charge",
-            "        if True:\n            node = Directory()\n            self._charge",
-        ),
-        (
             "entries: a directory's mode is replaced",
             "        node.mode = S_IFDIR | member.mode\n",
             "        node.mode = node.mode if node.explicit else S_IFDIR | member.mode\n",
@@ -367,11 +281,6 @@ MUTANTS: Final = [
             "        node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime\n",
             "        if not node.explicit:\n"
             "            node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime\n",
-        ),
-        (
-            "entries: a directory's xattrs are joined",
-            "        node.explicit = True\n        self._join_xattrs",
-            "        node.explicit = True\n        node.xattrs = None\n        self._join_xattrs",
         ),
         (
             "entries: the last entry of a name counts",
@@ -454,17 +363,6 @@ MUTANTS: Final = [
             "                    existing.opaque = True",
             "                    pass",
         ),
-        (
-            "whiteouts: a mark whatever its type",
-            "        if base.startswith(_WHITEOUT):\n            self._whiteout",
-            "        if base.startswith(_WHITEOUT) and member.type is MemberType.FILE:\n            self._whiteout",
-        ),
-        (
-            "whiteouts: marks go with their directory",
-            "        if not isinstance(node, Directory):\n            node = Directory()\n            self._charge",
-            "        if not isinstance(node, Directory):\n"
-            "            node = Directory()\n            node.opaque = base == b'd'\n            self._charge",
-        ),
         ("nlink: directories begin with 2", "            node.nlink = 2\n", "            node.nlink = 1\n"),
         ("nlink: subdirectories count", "                    node.nlink += 1\n", "                    pass\n"),
         ("nlink: names count", "                    child.nlink += 1\n", "                    child.nlink = 1\n"),
@@ -483,12 +381,6 @@ MUTANTS: Final = [
         ("headers: GNU has device numbers", 'if ustar or magic == b"ustar  \\0":', "if ustar:"),
         ("headers: v7 has no device numbers", 'if ustar or magic == b"ustar  \\0":', "if True:"),
         ("headers: prefix, / and name", 'name = prefix + b"/" + name', "name = prefix + name"),
-        ("headers: prefix of 155 bytes", 'b"tar\\0" else 500])', 'b"tar\\0" else 476])'),
-        (
-            "headers: star's prefix",
-            '_cut(record[345 : 476 if record[508:512] == b"tar\\0" else 500])',
-            "_cut(record[345:500])",
-        ),
         (
             "headers: text ends at the first NUL",
             '    return field.split(b"\\0", 1)[0]\n',
@@ -506,19 +398,7 @@ MUTANTS: Final = [
             '_OCTAL: Final = re.compile(rb"[0-7]+\\Z")',
             '_OCTAL: Final = re.compile(rb"[0-7]+")',
         ),
-        ("numbers: mode", 'mode = _number(record[100:108], "mode")', "mode = _value(record[100:108]) or 0"),
-        ("numbers: uid", 'uid = _number(record[108:116], "uid")', "uid = _value(record[108:116]) or 0"),
-        ("numbers: gid", 'gid = _number(record[116:124], "gid")', "gid = _value(record[116:124]) or 0"),
-        ("numbers: size", 'size = _number(record[124:136], "size")', "size = _value(record[124:136]) or 0"),
-        ("numbers: mtime", 'mtime = _number(record[136:148], "mtime")', "mtime = _value(record[136:148]) or 0"),
-        ("numbers: devmajor", 'major = _number(record[329:337], "devmajor")', "major = _value(record[329:337]) or 0"),
-        ("numbers: devminor", 'minor = _number(record[337:345], "devminor")', "minor = _value(record[337:345]) or 0"),
         ("checksum: is looked at", 'raise FormatError("bad header checksum")', "pass"),
-        (
-            "checksum: may be the sum of signed bytes",
-            "stored != unsigned - 256 * sum(byte > 127 for byte in blanked)",
-            "True",
-        ),
         ("types: NUL", "    0x00: MemberType.FILE,\n", ""),
         ("types: NUL with a / is a directory", 'if typeflag == 0 and name.endswith(b"/"):', "if False:"),
         ("types: 0 with a / is a file", 'if typeflag == 0 and name.endswith(b"/"):', 'if name.endswith(b"/"):'),
@@ -546,7 +426,6 @@ MUTANTS: Final = [
             "if size and member_type is MemberType.DIRECTORY:",
             "if False:",
         ),
-        ("data length: padding to 512", "self._padding = -follows % RECORD_BYTES", "self._padding = -follows % 1024"),
         ("end: at a header", "            self._ended = self._zero_records == 2\n", "            self._ended = True\n"),
         (
             "end: two zero blocks, then opaque",
@@ -561,11 +440,6 @@ MUTANTS: Final = [
         ),
         ("end: data cut short", "        if self._skip > self._padding:\n", "        if False:\n"),
         ("end: in the padding", "        if self._skip > self._padding:\n", "        if self._skip:\n"),
-        (
-            "end: in an extended header",
-            "        if self._extension is not None:\n            raise",
-            "        if False:\n            raise",
-        ),
         ("extended: of 1 MiB at the most", "if size > self._limits.extended_header_bytes:", "if False:"),
         (
             "extended: of a whole MiB",
@@ -588,7 +462,6 @@ MUTANTS: Final = [
             "        if long_link:\n            link",
             "        if long_link and b'linkpath' not in pax:\n            link",
         ),
-        ("pax: length without a sign", "if not digits.isdigit():", 'if not digits.lstrip(b"+").isdigit():'),
         ("pax: length of 5 is enough", "length < 5 or", "length < 6 or"),
         ("pax: length exactly that of the record", 'stop > end or body[stop - 1 : stop] != b"\\n" or', ""),
         ("pax: a key is not empty", "if not equals or not key or", "if not equals or"),
@@ -654,7 +527,6 @@ MUTANTS: Final = [
         ("pax: nothing behind a time", r'(?:\.([0-9]*))?\Z"', r'(?:\.([0-9]*))?"'),
         ("pax: nine digits of a fraction", '(match[2] or b"0")[:9]', '(match[2] or b"0")[:6]'),
         ("pax: digits from the left", '.ljust(9, b"0")', '.rjust(9, b"0")'),
-        ("pax: seconds of 64 bits", 'seconds = _pax_number(match[1], "mtime")', "seconds = int(match[1])"),
         ("pax: SCHILY.xattr", 'b"SCHILY.xattr."', 'b"LIBARCHIVE.xattr."'),
         (
             "pax: an empty xattr is one",
@@ -689,11 +561,6 @@ MUTANTS: Final = [
             "_LAST_TIME: Final = (9223372036, 854775807)",
             "_LAST_TIME: Final = (9223372036, 854775808)",
         ),
-        (
-            "values: a negative time is 0",
-            "if not (0, 0) <= (mtime, nanoseconds) <= _LAST_TIME:",
-            "if not (mtime, nanoseconds) <= _LAST_TIME:",
-        ),
     ),
     *mutants(
         "verity.params",
@@ -712,6 +579,174 @@ MUTANTS: Final = [
     *mutants(
         "verity.trailer",
         ("trailer: the record at 3584", 'struct.Struct("<IIQ")', 'struct.Struct(">IIQ")'),
+    ),
+    *mutants(
+        "blockdev.formats.layer_writer",
+        (
+            "file map: meta_off",
+            "        writer.pad(ALIGNMENT_BYTES)\n        metadata_offset",
+            "        writer.pad(512)\n        metadata_offset",
+        ),
+        (
+            "file map: data_size",
+            "data_size = align(metadata_offset + area.size_bytes, ALIGNMENT_BYTES)",
+            "data_size = align(metadata_offset + area.size_bytes + 1, ALIGNMENT_BYTES)",
+        ),
+        ("identity: tar_off", "identity = Identity(HEAD_BYTES,", "identity = Identity(0,"),
+        (
+            "identity: meta_off",
+            "identity = Identity(HEAD_BYTES, tar_size_bytes, metadata_offset,",
+            "identity = Identity(HEAD_BYTES, tar_size_bytes, metadata_offset + 512,",
+        ),
+        ("superblock: blkszbits", "block_bits=block.bit_length() - 1", "block_bits=block.bit_length()"),
+        ("superblock: root_nid", "root_nid=root_nid,", "root_nid=2,"),
+        ("superblock: inos", "inodes=inodes,", "inodes=inodes + 1,"),
+        ("superblock: blocks", "blocks=data_size_bytes // block,", "blocks=data_size_bytes // block - 1,"),
+        ("superblock: meta_blkaddr", "meta_block=identity.metadata_offset_bytes // block,", "meta_block=0,"),
+        ("superblock: checksum", "erofs.crc32c(covered)", "0"),
+        (
+            "superblock: checksum over one block",
+            "covered = bytearray(superblock.ljust(block,",
+            "covered = bytearray(superblock.ljust(4 * block,",
+        ),
+        ("identity: tar_len", "Identity(HEAD_BYTES, tar_size_bytes,", "Identity(HEAD_BYTES, tar_size_bytes + 1,"),
+        (
+            "identity: diff ID",
+            "Identity(HEAD_BYTES, tar_size_bytes, metadata_offset, diff_id)",
+            "Identity(HEAD_BYTES, tar_size_bytes, metadata_offset, bytes(32))",
+        ),
+        ("superblock: uuid", "uuid=layer_uuid(self._format.name, identity.diff_id)", "uuid=bytes(16)"),
+        ("trailer: tree length", "params, data_size, geometry.tree_size_bytes, len", "params, data_size, 4096, len"),
+        (
+            "trailer: levels",
+            "geometry.tree_size_bytes, len(geometry.levels), root_hash",
+            "geometry.tree_size_bytes, 1, root_hash",
+        ),
+        ("trailer: root hash", "len(geometry.levels), root_hash, diff_id", "len(geometry.levels), bytes(32), diff_id"),
+        ("trailer: diff ID", "len(geometry.levels), root_hash, diff_id", "len(geometry.levels), root_hash, bytes(32)"),
+        ("verity: digest of the head", "self._tree.replace(0, leaf_digests(index.head, params))", "pass"),
+    ),
+    *mutants(
+        "blockdev.formats.tar",
+        (
+            "headers: prefix of 155 bytes",
+            "    if ustar:\n        return _cut(record[345:500])",
+            "    if ustar:\n        return _cut(record[345:476])",
+        ),
+        ("headers: star's prefix", "return _cut(record[345:476])", "return _cut(record[345:500])"),
+        (
+            "headers: star's times",
+            "if _value(record[476:488]) is None or _value(record[488:500]) is None:",
+            "if False:",
+        ),
+        ("headers: GNU's prefix of old", "(_bad_time(record[345:357]) or _bad_time(record[357:369]))", "False"),
+        ("headers: GNU's prefix is ASCII", 'return prefix if prefix.isascii() else b""', "return prefix"),
+        (
+            "numbers: mode, uid and gid",
+            "        if fields is None or size is None or mtime is None:",
+            "        fields = fields or (0o644, 0, 0)\n        if fields is None or size is None or mtime is None:",
+        ),
+        (
+            "numbers: size",
+            "size, mtime = _value(record[124:136]), _value(record[136:148])",
+            "size, mtime = _value(record[124:136]) or 0, _value(record[136:148])",
+        ),
+        (
+            "numbers: mtime",
+            "size, mtime = _value(record[124:136]), _value(record[136:148])",
+            "size, mtime = _value(record[124:136]), _value(record[136:148]) or 0",
+        ),
+        (
+            "numbers: device numbers",
+            "            if devices is None:\n",
+            "            devices = devices or (0, 0)\n            if devices is None:\n",
+        ),
+        ("checksum: may be the sum of signed bytes", "if expected != record_sum(record) - 256 * negative:", "if True:"),
+        ("checksum: octal only", "stored = None if field[0] & 0x80 else _value(field)", "stored = _value(field)"),
+        (
+            "data length: padding to 512",
+            "self._padding = -size_bytes % RECORD_BYTES",
+            "self._padding = -size_bytes % 1024",
+        ),
+        ("data length: negative whatever pax says", "if size < 0 and typeflag in (0x30, 0x00):", "if False:"),
+        (
+            "end: in an extended header",
+            "        if self._wanted is not None:\n            raise",
+            "        if False:\n            raise",
+        ),
+        ("pax: length with a plus", 'digits.removeprefix(b"+").isdigit()', "digits.isdigit()"),
+        ("pax: times that are not used", "_pax_time(value, key.decode())  # not", "pass  # not"),
+        ("pax: seconds of 64 bits", "seconds = _pax_number(match[1], key)", "seconds = int(match[1])"),
+        (
+            "values: a negative time is 0",
+            "if not 0 <= mtime < _LAST_TIME[0] and not (0, 0) <= (mtime, nanoseconds) <= _LAST_TIME:",
+            "if not (mtime, nanoseconds) <= _LAST_TIME:",
+        ),
+    ),
+    *mutants(
+        "blockdev.formats.file_tree",
+        (
+            "names: .. is refused",
+            '        if b".." in parts:\n            raise FormatError("\'..\' in a path")\n        return parts',
+            '        return [part for part in parts if part != b".."]',
+        ),
+        ("names: .wh. of the last component is not counted", "(len(_WHITEOUT) if whiteout else 0)", "0"),
+        (
+            "names: nor of one that ends in a dot",
+            "for part in parts[:-1] if last_may_be_mark else parts:",
+            "for part in parts:",
+        ),
+        (
+            "entries: a directory keeps its children",
+            "        if not isinstance(node, Directory):\n            node = self._new",
+            "        if True:\n            node = self._new",
+        ),
+        (
+            "entries: a directory's xattrs are joined",
+            "        self._join_xattrs(node, member.xattrs)\n\n    def _add_hardlink",
+            "        node.xattrs = None\n        self._join_xattrs(node, member.xattrs)\n\n    def _add_hardlink",
+        ),
+        (
+            "whiteouts: a mark whatever its type",
+            "        if whiteout:\n            self._whiteout",
+            "        if whiteout and member.type is MemberType.FILE:\n            self._whiteout",
+        ),
+        (
+            "whiteouts: marks go with their directory",
+            "            node = self._new_directory(parent, base)\n",
+            '            node = self._new_directory(parent, base)\n            node.opaque = base == b"d"\n',
+        ),
+        (
+            "entries: times of directories at the end, by name",
+            "        self._directory_times.append((member.name, member.mtime))\n",
+            "",
+        ),
+        (
+            "entries: what is gone has no time",
+            "                if found is None:\n                    raise FormatError(",
+            "                if False:\n                    raise FormatError(",
+        ),
+        ("hardlinks: a slash follows a symlink", 'if member.link.endswith((b"/", b"/.")):', "if False:"),
+        ("parents: the group of a set-group-ID directory", "if stack[-1].mode & _SETGID:", "if False:"),
+        ("xattrs: an empty name is refused", "if name in _NAMELESS or (", "if ("),
+        ("xattrs: names of 255 bytes", "len(name) > NAME_BYTES_MAX and not name", "len(name) > 300 and not name"),
+        ("xattrs: ACLs that say nothing", "or _says_nothing(name, value):", "or False:"),
+    ),
+    *mutants(
+        "blockdev.formats.layer_file",
+        (
+            "trailer: record at 3584",
+            "head.ljust(TRAILER_BYTES - verity_trailer.FROM_END_BYTES",
+            "head.ljust(TRAILER_BYTES - 1024",
+        ),
+    ),
+    *mutants(
+        "blockdev.formats.erofs_writer",
+        (
+            "directories: .. of a directory",
+            'node.number if name == b"." else self._parents[node.number], node.mode',
+            'node.number if name == b"." else 0, node.mode',
+        ),
     ),
 ]
 
@@ -747,7 +782,8 @@ def vectors() -> list[tuple[bytes, dict[str, Any]]]:
 def fails(tar: bytes, vector: dict[str, Any]) -> bool:
     """As tests/golden/test_tar_index.py has it."""
     from blockdev.errors import BlockdevError
-    from blockdev.formats.layer_file import FORMATS, LayerWriter
+    from blockdev.formats.layer_file import FORMATS
+    from blockdev.formats.layer_writer import LayerWriter
     from blockdev.formats.limits import Limits
     from verity.hasher import LeafStore
 
@@ -757,7 +793,7 @@ def fails(tar: bytes, vector: dict[str, Any]) -> bool:
             FORMATS["tar-index"], write=out.extend, write_head=heads.append, leaves=LeafStore(), limits=Limits()
         )
         writer.feed(tar)
-        built = writer.finish()
+        built = writer.finish(hashlib.sha256(tar).digest())
     except BlockdevError:
         return "refused" not in vector
     return (

@@ -11,7 +11,7 @@ import pytest
 
 from blockdev.formats.layer_writer import BuiltLayer
 from snapshotter.cli import layer as cli_layer
-from tests.golden import make_tars, test_tar_index, test_tarfs
+from tests.golden import make_tars, more_tars, test_tar_index, test_tarfs
 
 BUILDS: dict[str, Callable[[bytes], tuple[BuiltLayer, bytes]]] = {
     "tar-index": test_tar_index.build,
@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.mark.parametrize(("layer_format", "name"), CASES)
 def test_a_golden_layer_file_gives_its_tar_back(tmp_path: Path, layer_format: str, name: str) -> None:
-    tar = make_tars.CASES[name]()
+    tar = bytes((make_tars.CASES | more_tars.CASES)[name]())
     built, data = BUILDS[layer_format](tar)
     (tmp_path / "layer").write_bytes(data)
     diff_id = "sha256:" + hashlib.sha256(tar).hexdigest()
