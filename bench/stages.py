@@ -25,8 +25,8 @@ from blockdev.formats.layer_writer import VerifiedWriter, index_writer
 from blockdev.formats.limits import Limits
 from blockdev.workers.builder import StagedFile
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
+from blockdev.workers.parameters import Output
 from blockdev.workers.pipeline import page_aligned
-from blockdev.workers.protocol import Output
 from verity import veritysetup
 from verity.hasher import LeafStore, StreamHash, block_digests, leaf_digests
 from verity.params import PRESETS

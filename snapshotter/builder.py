@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from blockdev.errors import BlockdevError
 from blockdev.formats.compression import compression_of
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
-from blockdev.workers.protocol import Output
+from blockdev.workers.parameters import Output
 from snapshotter import metrics
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.errors import DataLoss, DeadlineExceeded, InvalidArgument, NotFound, Unavailable, translate
@@ -28,6 +29,9 @@ from snapshotter.trace import trace
 _LINGER_SECONDS: Final = 60.0
 # Between its publication and the snapshot's row nothing in the metadata refers to a layer.
 _RECENT_SECONDS: Final = 300.0
+# A build process has several threads; of this many processors' time in `timeout` nothing honest comes near.
+_PROCESSORS_OF_A_PROCESS: Final = 2
+_CPU_SECONDS_MIN: Final = 60
 
 
 _Key: TypeAlias = tuple[str, int, str, str]  # blob digest, its size as the caller has it, compression, format
@@ -63,6 +67,7 @@ class Builder:
         self._tasks: set[asyncio.Task[Layer]] = set()
         self._closed = False
         self._recent: dict[LayerID, float] = {}
+        self._protections: dict[str, list[str]] = {}
         # Held while files and rows of layers are between two states; who deletes layers takes it too.
         self.publishing = asyncio.Lock()
         self._log = get_logger()
@@ -215,12 +220,22 @@ class Builder:
                         expected_digest=blob.digest,
                         expected_size_bytes=blob.size_bytes,
                         limits=self._limits,
+                        cpu_seconds=max(_CPU_SECONDS_MIN, math.ceil(_PROCESSORS_OF_A_PROCESS * self._timeout)),
                     )
                 )
+            self._say_protections(record)
             trace("build.built")
             layer = await to_the_end(self._publish(staged, record, compression, time.monotonic() - started))
             trace("build.recorded")
             return layer
+
+    def _say_protections(self, record: BuildRecord) -> None:
+        """At the first build, and when it changes."""
+        for process, active in record.sandbox.items():
+            if self._protections.get(process) != active:
+                self._protections[process] = active
+                log = self._log.info if "seccomp" in active else self._log.warning
+                log("build process without privilege", process=process, protections=active)
 
     async def _publish(self, staged: Staged, record: BuildRecord, compression: str, seconds: float) -> Layer:
         async with self.publishing:

@@ -15,7 +15,8 @@ from typing import Any, Final, Protocol
 from blockdev.errors import BlockdevError, DigestMismatch, LimitExceeded
 from blockdev.formats.layer_file import format_named
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
-from blockdev.workers import protocol
+from blockdev.workers import protocol, sandbox
+from blockdev.workers.parameters import BuilderParameters
 from blockdev.workers.pipeline import Pipeline, page_aligned
 from blockdev.workers.ring import RingReader, RingWriter
 from verity.buffers import Buffer
@@ -27,6 +28,8 @@ _PUMPED_PIECES: Final = 4
 _ADDRESS_SPACE_BYTES: Final = 3 << 30
 _LEAVES_IN_MEMORY_BYTES: Final = 8 << 20
 _SYNCED_AT_ONCE_BYTES: Final = 64 << 20
+# Head, trailer, padding.
+_FILE_BEYOND_BYTES: Final = 64 << 20
 
 
 class _Hash(Protocol):
@@ -152,7 +155,7 @@ class _Blob:
         return digest
 
 
-def _layer_writers(parameters: protocol.BuilderParameters) -> Iterator[tuple[StagedFile, LeafStore, LayerWriter]]:
+def _layer_writers(parameters: BuilderParameters) -> Iterator[tuple[StagedFile, LeafStore, LayerWriter]]:
     for output in parameters.outputs:
         layer_format = format_named(output.format)
         staged = StagedFile(output.staged_fd, layer_format.tar_offset_bytes)
@@ -172,14 +175,15 @@ def _layer_writers(parameters: protocol.BuilderParameters) -> Iterator[tuple[Sta
         )
 
 
-def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
+def _work(
+    parameters: BuilderParameters, compressed_ring: RingWriter | None, tar: RingReader | None, status_fd: int
+) -> dict[str, Any]:
     files = list(_layer_writers(parameters))
     tar_digest = StreamHash()
-    tar = RingReader(parameters.tar) if parameters.tar else None
     blob = _Blob(parameters.blob_fd, parameters.expected_size_bytes, hashlib.sha256() if tar else tar_digest)
     pump: threading.Thread | None = None
-    if parameters.compressed:
-        pump = threading.Thread(target=blob.pump, args=(RingWriter(parameters.compressed),), daemon=True)
+    if compressed_ring:
+        pump = threading.Thread(target=blob.pump, args=(compressed_ring,), daemon=True)
         pump.start()
     total = 0
 
@@ -232,13 +236,17 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
     digest = blob.check(parameters.expected_digest)
     if failure is not None:
         raise failure
+    diff_id = "sha256:" + tar_digest.hexdigest()
+    if parameters.expected_diff_id not in (None, diff_id):
+        raise DigestMismatch(f"blob {digest} unpacks to diff ID {diff_id}, not {parameters.expected_diff_id}")
     started = time.monotonic()
     for staged, _, _ in files:
         staged.sync()
     waited = time.monotonic() - started
     spooled = sum(leaves.bytes_spooled for _, leaves, _ in files)
+    used = protocol.usage(status_fd)
     return {
-        "diff_id": "sha256:" + tar_digest.hexdigest(),
+        "diff_id": diff_id,
         "tar_size_bytes": total,
         "blob_digest": digest,
         "blob_size_bytes": blob.size_bytes,
@@ -254,15 +262,46 @@ def _work(parameters: protocol.BuilderParameters) -> dict[str, Any]:
             }
             for layer in built
         ],
-        "usage": {"builder": {**protocol.usage(), "spooled_bytes": spooled, "sync_wait_seconds": round(waited, 3)}},
+        "usage": {"builder": {**used, "spooled_bytes": spooled, "sync_wait_seconds": round(waited, 3)}},
     }
 
 
+def _profile(parameters: BuilderParameters, status_fd: int) -> sandbox.Profile:
+    limits = parameters.limits
+    sources, pipes = {parameters.blob_fd}, set[int]()
+    if parameters.compressed:
+        sources.add(parameters.compressed.free_fd)
+        pipes.add(parameters.compressed.full_fd)
+    if parameters.tar:
+        sources.add(parameters.tar.full_fd)
+        pipes.add(parameters.tar.free_fd)
+    return sandbox.builder(
+        status_fd,
+        sources=frozenset(sources),
+        pipes=frozenset(pipes),
+        files=frozenset(fd for output in parameters.outputs for fd in (output.staged_fd, output.spool_fd)),
+        bounds=sandbox.Bounds(
+            address_space_bytes=limits.metadata_bytes * len(parameters.outputs) + _ADDRESS_SPACE_BYTES,
+            cpu_seconds=parameters.cpu_seconds,
+            # The tar, an index that is no larger than the tree in memory, and hash trees, a fifteenth at most.
+            file_size_bytes=(limits.tar_bytes + limits.metadata_bytes) * 9 // 8 + _FILE_BEYOND_BYTES,
+        ),
+    )
+
+
 def main() -> None:
-    parameters = protocol.BuilderParameters.decode(sys.argv[1])
-    metadata_bytes = parameters.limits.metadata_bytes * len(parameters.outputs)
-    protocol.settle(parameters.parent_pid, address_space_bytes=metadata_bytes + _ADDRESS_SPACE_BYTES)
-    protocol.answer(1, lambda: _work(parameters))
+    parameters = BuilderParameters.decode(sys.argv[1])
+    status_fd = sandbox.open_status()
+    hashlib.sha256()  # OpenSSL reads its configuration with the first one
+    # Mapped while that can be done.
+    compressed = RingWriter(parameters.compressed) if parameters.compressed else None
+    tar = RingReader(parameters.tar) if parameters.tar else None
+    protocol.answer(
+        1,
+        _profile(parameters, status_fd),
+        parameters.parent_pid,
+        lambda: _work(parameters, compressed, tar, status_fd),
+    )
 
 
 if __name__ == "__main__":

@@ -10,18 +10,36 @@ import signal
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
-from blockdev.errors import BlockdevError, BuildFailed, CutShort, DigestMismatch, FormatError, NoSpace, UnsupportedError
+from blockdev.errors import (
+    BlockdevError,
+    BuildFailed,
+    CutShort,
+    DigestMismatch,
+    FormatError,
+    LimitExceeded,
+    NoSpace,
+    UnsupportedError,
+)
 from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.layer_file import format_named
 from blockdev.formats.limits import Limits
 from blockdev.workers import protocol
-from blockdev.workers.protocol import Output
+from blockdev.workers.parameters import BuilderParameters, Output
 from blockdev.workers.ring import RingEnd, make_ring
+from blockdev.workers.sandbox import PROTECTIONS
 
 _COMPRESSED_PIECES: Final = 4
 _TAR_PIECES: Final = 8
+# Each has a `main`.
+PROGRAMS: Final = {"builder": "blockdev.workers.builder", "decompressor": "blockdev.workers.decompressor"}
+# Where they find what is not the standard library's: there where it was found here. Without `site`, whose
+# .pth files and finders cost a program as small as these half of its start.
+_BESIDE: Final = ("blockdev", "verity", "isal", "zstandard")
+_PATHS: Final = list(dict.fromkeys(str(Path(sys.modules[name].__path__[0]).parent) for name in _BESIDE))
+_BOOT: Final = "import sys; sys.path += {paths!r}; from {program} import main; main()"
 _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
 
 
@@ -30,7 +48,8 @@ class BuildRequest:
     """Descriptors stay the caller's. One pass over the blob makes all `outputs`, of different formats.
 
     `layer_name` goes into every error. With `expected_digest` and `expected_size_bytes` the blob is
-    checked against them. `strict`: see LayerWriter.
+    checked against them, with `expected_diff_id` what it unpacks to. `strict`: see LayerWriter.
+    `cpu_seconds` bounds each process.
     """
 
     blob_fd: int
@@ -39,13 +58,18 @@ class BuildRequest:
     layer_name: str
     expected_digest: str | None = None
     expected_size_bytes: int | None = None
+    expected_diff_id: str | None = None
     strict: bool = False
+    cpu_seconds: int = 3600
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True)
 class BuildRecord:
-    """A finished layer file, durable but not yet in its place. Sizes in bytes, hashes in hexadecimal."""
+    """A finished layer file, durable but not yet in its place. Sizes in bytes, hashes in hexadecimal.
+
+    `sandbox`: by process, the protections that were in force (`sandbox.PROTECTIONS`).
+    """
 
     format: str
     diff_id: str  # with "sha256:"
@@ -59,6 +83,7 @@ class BuildRecord:
     blob_size_bytes: int
     warnings: dict[str, int]
     usage: dict[str, dict[str, float]]
+    sandbox: dict[str, list[str]] = field(default_factory=dict)
 
 
 async def run_build(request: BuildRequest) -> list[BuildRecord]:
@@ -82,7 +107,7 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
         if compression is not Compression.NONE:
             compressed = _ring(rings, _COMPRESSED_PIECES)
             tar = _ring(rings, _TAR_PIECES)
-        parameters = protocol.BuilderParameters(
+        parameters = BuilderParameters(
             blob_fd=request.blob_fd,
             compressed=compressed[0] if compressed else None,
             tar=tar[1] if tar else None,
@@ -90,7 +115,9 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
             strict=request.strict,
             expected_digest=request.expected_digest,
             expected_size_bytes=request.expected_size_bytes,
+            expected_diff_id=request.expected_diff_id,
             limits=request.limits,
+            cpu_seconds=request.cpu_seconds,
             parent_pid=os.getpid(),
         )
         kept = {request.blob_fd, *(fd for output in request.outputs for fd in (output.staged_fd, output.spool_fd))}
@@ -99,16 +126,17 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
         workers: list[_Worker] = []
         try:
             report = _report_file(reports)
-            builder = await _start("builder", parameters.encode(), stdout=report, pass_fds=kept)
-            workers.append(_Worker(builder, report))
+            builder = await _start("builder", parameters.encode(), stdout=report, stderr=report, pass_fds=kept)
+            workers.append(_Worker("builder", builder, report, request.cpu_seconds))
             if compressed and tar:
-                ends = protocol.DecompressorParameters(compression.value, compressed[1], tar[0], os.getpid())
+                ends = compressed[1], tar[0]
                 report = _report_file(reports)
                 decompressor = await _start(
-                    "decompressor", ends.encode(), stdout=asyncio.subprocess.DEVNULL, stderr=report,
-                    pass_fds={*ends.compressed.descriptors(), *ends.tar.descriptors()},
+                    "decompressor", compression.value, *(end.encode() for end in ends), str(request.cpu_seconds),
+                    str(os.getpid()), stdout=asyncio.subprocess.DEVNULL, stderr=report,
+                    pass_fds={fd for end in ends for fd in end.descriptors()},
                 )  # fmt: skip
-                workers.append(_Worker(decompressor, report))
+                workers.append(_Worker("decompressor", decompressor, report, request.cpu_seconds))
             rings.close()  # or no end of one would ever be seen
             await asyncio.gather(*(worker.process.wait() for worker in workers))
             return _verdict([worker.report() for worker in workers])
@@ -121,12 +149,15 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
+    name: str
     process: asyncio.subprocess.Process
     report_fd: int
+    cpu_seconds: int
 
     def kill(self) -> None:
         if self.process.returncode is None:
-            with suppress(ProcessLookupError):
+            # A root that is not allowed CAP_KILL must wait for what runs as another user.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def report(self) -> dict[str, Any]:
@@ -138,12 +169,28 @@ class _Worker:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict) or ("error" not in reply) == (status != 0):
-            how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
             tail = text[-500:].decode("ascii", "backslashreplace").strip()
-            return protocol.encode_error(
-                BuildFailed(f"a build process ended by {how} without a report {tail}".rstrip())
-            )
+            return protocol.encode_error(self._end(status or 0, tail))
         return reply
+
+    def _end(self, status: int, said: str) -> BlockdevError:
+        """In words, what became of a worker that did not report."""
+        if status >= 0:
+            return BuildFailed(f"the {self.name} ended by status {status} without a report {said}".rstrip())
+        if -status == signal.SIGSYS:
+            return BuildFailed(f"the {self.name} was killed: it tried a system call that it may not make")
+        if -status == signal.SIGXCPU:
+            return LimitExceeded(f"the {self.name} was killed: over its CPU time of {self.cpu_seconds} s")
+        if -status == signal.SIGXFSZ:
+            return LimitExceeded(f"the {self.name} was killed: over its file size")
+        if -status == signal.SIGKILL:
+            return BuildFailed(f"the {self.name} was killed by signal 9: by somebody, or by the kernel short of memory")
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = "no signal with a name"
+        crashed = f"the {self.name} crashed: signal {-status}, {name}"
+        return BuildFailed(f"{crashed}; it said: {said}" if said else crashed)
 
 
 def _report_file(ends: ExitStack) -> int:
@@ -171,6 +218,7 @@ def _verdict(reports: list[dict[str, Any]]) -> list[BuildRecord]:
     if built is not None:
         raise built
     report = reports[0]
+    active: dict[str, list[str]] = {}
     try:
         if len(reports) > 1:
             if reports[1].get("size_bytes") != report["tar_size_bytes"]:
@@ -178,6 +226,9 @@ def _verdict(reports: list[dict[str, Any]]) -> list[BuildRecord]:
             report["usage"]["decompressor"] = {
                 name: float(reports[1][name]) for name in ("cpu_seconds", "peak_rss_bytes")
             }
+        for name, said in zip(PROGRAMS, reports, strict=False):
+            active[name] = [what for what in said["sandbox"] if str(what).rstrip("0123456789") in PROTECTIONS]
+        report["sandbox"] = active
         return [BuildRecord(**report, **layer) for layer in report.pop("layers")]
     except (KeyError, TypeError, ValueError) as error:
         raise BuildFailed(f"a report that makes no sense: {error!r}") from None
@@ -196,7 +247,7 @@ async def _start(program: str, *arguments: str, **options: Any) -> asyncio.subpr
     options.setdefault("stdin", asyncio.subprocess.DEVNULL)
     try:
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-m", f"blockdev.workers.{program}", *arguments,
+            sys.executable, "-I", "-S", "-c", _BOOT.format(paths=_PATHS, program=PROGRAMS[program]), *arguments,
             env=_ENVIRONMENT, cwd="/", start_new_session=True, **options,
         )  # fmt: skip
     except OSError as error:

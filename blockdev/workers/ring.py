@@ -18,8 +18,7 @@ import os
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from blockdev.errors import BuildFailed, CutShort
 from verity.buffers import Buffer
@@ -28,8 +27,7 @@ _SIZE: Final = struct.Struct("<I")
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-@dataclass(frozen=True, slots=True)
-class RingEnd:
+class RingEnd(NamedTuple):
     """What one process is given: descriptor numbers, and the ring's shape."""
 
     memory_fd: int
@@ -40,6 +38,13 @@ class RingEnd:
 
     def descriptors(self) -> tuple[int, int, int]:
         return self.memory_fd, self.full_fd, self.free_fd
+
+    def encode(self) -> str:
+        return ",".join(map(str, self))
+
+    @classmethod
+    def decode(cls, text: str) -> Self:
+        return cls(*map(int, text.split(",")))
 
     def map(self) -> memoryview:
         size = self.slots * self.slot_bytes

@@ -29,7 +29,7 @@ from blockdev.formats.layer_file import LayerFile, format_named, open_layer_file
 from blockdev.formats.layer_place import place
 from blockdev.formats.layer_reader import IndexReader, at_or_below, index_reader
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
-from blockdev.workers.protocol import Output
+from blockdev.workers.parameters import Output
 from snapshotter.cli.output import ProgressBytes, printable, text_of
 from verity import veritysetup
 from verity.errors import VerificationFailed, VerityError

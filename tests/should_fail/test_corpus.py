@@ -29,7 +29,7 @@ from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, open_layer_file
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
-from blockdev.workers.protocol import Output
+from blockdev.workers.parameters import Output
 from tests.should_fail import make_corpus
 from tests.should_fail.make_corpus import BAD, NEUTRALISED, Case
 from verity.hasher import LeafStore

@@ -9,7 +9,6 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -30,7 +29,8 @@ def ends() -> Iterator[tuple[RingEnd, RingEnd]]:
 
 def own(end: RingEnd) -> RingEnd:
     """As another process would have it: descriptors of its own."""
-    return replace(end, memory_fd=os.dup(end.memory_fd), full_fd=os.dup(end.full_fd), free_fd=os.dup(end.free_fd))
+    memory, full, free = map(os.dup, end.descriptors())
+    return RingEnd(memory, full, free, end.slots, end.slot_bytes)
 
 
 def passed(pieces: list[bytes], reads: list[int]) -> bytes:

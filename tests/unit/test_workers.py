@@ -29,7 +29,7 @@ from blockdev.errors import (
 from blockdev.formats.limits import Limits
 from blockdev.workers import launch
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
-from blockdev.workers.protocol import Output
+from blockdev.workers.parameters import Output
 from tests.golden import make_tars
 from tests.golden.test_tar_index import build as build_here
 from tests.golden.test_tarfs import build as build_tarfs
