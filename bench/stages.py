@@ -102,16 +102,19 @@ def _request(files: ExitStack, kind: str, path: str, directory: str, *layer_form
     )
 
 
-def _build(*arguments: str) -> BuildRecord:
+def _build(*arguments: str) -> tuple[BuildRecord, float]:
+    """The record of the first format, and the seconds without what it takes to throw the files away."""
     with ExitStack() as files:
-        return asyncio.run(run_build(_request(files, *arguments)))[0]
+        request = _request(files, *arguments)
+        started = time.monotonic()
+        return asyncio.run(run_build(request))[0], time.monotonic() - started
 
 
 def build(kind: str, path: str, directory: str, *layer_formats: str) -> dict[str, Any]:
     """One pass, a layer file for each format. The facts are those of the first one."""
-    record = _build(kind, path, directory, *layer_formats)
+    record, seconds = _build(kind, path, directory, *layer_formats)
     return {
-        "seconds": _elapsed(),
+        "seconds": seconds,
         "root_hash": record.root_hash,
         "entries": record.entries,
         "file_size_bytes": record.file_size_bytes,
@@ -140,10 +143,7 @@ def pair(*arguments: str) -> dict[str, Any]:
     async def at_once(*requests: BuildRequest) -> None:
         await asyncio.gather(*map(run_build, requests))
 
-    started = time.monotonic()
-    for _ in range(2):
-        _build(*arguments)
-    one_by_one = time.monotonic() - started
+    one_by_one = sum(_build(*arguments)[1] for _ in range(2))
     os.sync()
     with ExitStack() as files:
         started = time.monotonic()

@@ -194,9 +194,13 @@ def _unzstd(read: Callable[[int], bytes], piece_bytes: int) -> Iterator[Buffer]:
         while frames.next():
             # Pulled, not pushed: four compressed bytes may stand for 128 KiB, and only a pull bounds what comes.
             file = cast(IO[bytes], frames)  # of which only `read` is used
+            size = 0
             with decoder.stream_reader(file, read_size=piece_bytes, closefd=False) as frame:
                 while out := frame.read(piece_bytes):
+                    size += len(out)
                     yield out
+            if frames.content_bytes not in (None, size):
+                raise CompressionError(f"zstd stream is corrupt: a frame of {frames.content_bytes} bytes has {size}")
             if not frames.ended:
                 raise CompressionError("zstd stream is corrupt: a frame goes on behind its content")
     except ZstdError as error:
@@ -218,6 +222,7 @@ class _ZstdFrames:
         self._head = b""  # a frame's header, on its way to the reader
         self._left = 0  # bytes until the next block header, or until the frame's end
         self._last = self._checksum = False
+        self.content_bytes: int | None = None  # as the frame's header has it; not all do
 
     @property
     def ended(self) -> bool:
@@ -239,7 +244,12 @@ class _ZstdFrames:
             raise CompressionError("bytes before, between or after zstd frames that are no frame")
         (descriptor,) = source.take(1)
         single = descriptor >> 5 & 1
-        header = source.take((1 - single) + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6])
+        before = (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+        field_bytes = (single, 2, 4, 8)[descriptor >> 6]
+        header = source.take(before + field_bytes)
+        # A field of two bytes counts from 256 (RFC 8878, 3.1.1.1.4).
+        value = int.from_bytes(header[before:], "little") + (256 if field_bytes == 2 else 0)
+        self.content_bytes = value if field_bytes else None
         self._checksum = bool(descriptor & 4)
         self._head = magic + bytes((descriptor,)) + header
         self._left, self._last = 0, False
