@@ -13,8 +13,8 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -164,33 +164,55 @@ def build(
     diff_id: str | None = None,
     progress: ProgressBytes = _quiet,
 ) -> dict[str, Any]:
-    """Raises BlockdevError, OSError; `output` is then as it was. `source`: a file, or STANDARD_INPUT."""
-    format_named(format)
+    """As `build_all`, for one format."""
+    return build_all(source, {format: output}, strict=strict, diff_id=diff_id, progress=progress)[0]
+
+
+def build_all(
+    source: Path,
+    outputs: Mapping[str, Path],
+    *,
+    strict: bool = False,
+    diff_id: str | None = None,
+    progress: ProgressBytes = _quiet,
+) -> list[dict[str, Any]]:
+    """One pass over `source`, a file or STANDARD_INPUT, makes a layer file of each format, by their names.
+
+    Raises BlockdevError, OSError; no output is then made or changed.
+    """
+    for name in outputs:
+        format_named(name)
     _check_diff_id(diff_id)
-    with _blob(source) as blob, _replacing(output) as staged_fd, _spool(output.absolute().parent) as spool_fd:
+    with ExitStack() as files:
+        blob = files.enter_context(_blob(source))
+        staged = {name: files.enter_context(_replacing(path)) for name, path in outputs.items()}
+        spools = {name: files.enter_context(_spool(path.absolute().parent)) for name, path in outputs.items()}
         request = BuildRequest(
             blob_fd=blob.fd,
-            outputs=(Output(format, staged_fd, spool_fd),),
+            outputs=tuple(Output(name, staged[name], spools[name]) for name in outputs),
             media_type=next(name for name, kind in MEDIA_TYPES.items() if kind is detect(blob.head)),
             layer_name="from standard input" if source == STANDARD_INPUT else str(source),
             expected_size_bytes=blob.size_bytes,
+            expected_diff_id=diff_id,
             strict=strict,
         )
-        [record] = asyncio.run(_watched(request, blob, progress))
-        if diff_id not in (None, record.diff_id):
-            raise DigestMismatch(f"layer {request.layer_name}: its diff ID is {record.diff_id}, not {diff_id}")
-        os.fchmod(staged_fd, 0o444)
-    return {
-        "format": record.format,
-        "diff_id": record.diff_id,
-        "root_hash": record.root_hash,
-        "tar_size_bytes": record.tar_size_bytes,
-        "data_size_bytes": record.data_size_bytes,
-        "tree_size_bytes": record.tree_size_bytes,
-        "file_size_bytes": record.file_size_bytes,
-        "entries": record.entries,
-        "warnings": record.warnings,
-    }
+        records = asyncio.run(_watched(request, blob, progress))
+        for fd in staged.values():
+            os.fchmod(fd, 0o444)
+    return [
+        {
+            "format": record.format,
+            "diff_id": record.diff_id,
+            "root_hash": record.root_hash,
+            "tar_size_bytes": record.tar_size_bytes,
+            "data_size_bytes": record.data_size_bytes,
+            "tree_size_bytes": record.tree_size_bytes,
+            "file_size_bytes": record.file_size_bytes,
+            "entries": record.entries,
+            "warnings": record.warnings,
+        }
+        for record in records
+    ]
 
 
 @contextmanager

@@ -29,8 +29,11 @@ def build(
     source: Annotated[
         Path, typer.Argument(metavar="IN", help="A layer: tar, plain, gzip or zstd; - for standard input.")
     ],
-    output: Annotated[Path, typer.Option(help="Where the layer file goes; replaced in one step.")],
-    format: Annotated[str, typer.Option(help="The layer file's format.")] = "tar-index",
+    output: Annotated[list[Path], typer.Option(help="Where the layer file goes; replaced in one step.")],
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="Its format, tar-index by default; several, each with an --output, take one pass."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse what would come out wrong in the guest.")] = False,
     diff_id: DiffID = None,
     as_json: AsJSON = False,
@@ -38,9 +41,17 @@ def build(
     """Build the layer file of a layer, byte for byte what a node builds, and print its root hash."""
     if source != layer.STANDARD_INPUT and not source.exists():
         raise typer.BadParameter(f"{source} does not exist", param_hint="IN")
-    with progress(f"building {output}") as report:
-        record = layer.build(source, output, format, strict=strict, diff_id=diff_id, progress=report)
-    show(record, as_json)
+    formats = format or ["tar-index"]
+    if len(output) != len(formats) or len(set(formats)) != len(formats):
+        raise typer.BadParameter(f"{len(formats)} formats, all different, need as many outputs", param_hint="--output")
+    outputs = dict(zip(formats, output, strict=True))
+    with progress(f"building {', '.join(map(str, output))}") as report:
+        records = layer.build_all(source, outputs, strict=strict, diff_id=diff_id, progress=report)
+    if as_json and len(records) > 1:
+        show_json(records)
+        return
+    for record in records:
+        show(record, as_json)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from bench import layers
 from blockdev.kernel import mounts
 from snapshotter.cli import layer as cli_layer
 from tests.file_trees import differences, observe
-from tests.golden import make_tars, test_tar_index
+from tests.golden import make_tars, more_tars, test_tar_index
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs]
 
@@ -40,7 +40,7 @@ def mounted(layer: Path, at: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("vector", [v for v in test_tar_index.VECTORS if "refused" not in v], ids=lambda v: v["name"])
 def test_an_extracted_golden_layer_is_what_the_kernel_shows(tmp_path: Path, vector: dict[str, str]) -> None:
     layer = tmp_path / "layer"
-    layer.write_bytes(test_tar_index.build(make_tars.CASES[vector["name"]]())[1])
+    layer.write_bytes(test_tar_index.build(bytes((make_tars.CASES | more_tars.CASES)[vector["name"]]()))[1])
     done = cli_layer.extract(layer, tmp_path / "files")
     with mounted(layer, tmp_path / "mount") as mount:
         assert differences(observe(tmp_path / "files"), observe(mount)) == {}

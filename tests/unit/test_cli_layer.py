@@ -497,3 +497,17 @@ def test_a_very_deep_tree_comes_out_with_few_descriptors(tmp_path: Path) -> None
         assert file.read() == b"deep"
     os.close(fd)
     remove_tree(tmp_path / "out")
+
+
+def test_several_formats_are_built_at_once(tmp_path: Path) -> None:
+    (tmp_path / "tar").write_bytes(make_tars.CASES["plain"]())
+    names = ("tarfs", "tar-index")
+    options = [option for name in names for option in ("--format", name, "--output", tmp_path / name)]
+    done = tardevctl("layer", "build", tmp_path / "tar", *options, "--json")
+    records = json.loads(done.stdout)
+    assert [record["format"] for record in records] == list(names)
+    for record in records:
+        alone = cli_layer.build(tmp_path / "tar", tmp_path / "alone", record["format"])
+        assert alone == record
+        assert (tmp_path / "alone").read_bytes() == (tmp_path / record["format"]).read_bytes()
+    assert tardevctl("layer", "build", tmp_path / "tar", *options[:-2]).returncode == 2
