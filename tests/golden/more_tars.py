@@ -109,7 +109,7 @@ def mt_device_numbers() -> bytes:
 @case
 def mt_xattr_names() -> bytes:
     """ACLs have an index each; names with nothing behind their prefix have none."""
-    acl = acl_of((1, 7), (2, 5), (4, 5), (16, 5), (32, 0))
+    acl = acl_of((1, 7), (2, 5), (4, 5), (16, 5), (32, 5))
     names = (
         b"system.posix_acl_access",
         b"system.posix_acl_default",

@@ -37,7 +37,12 @@ def mounted(layer: Path, at: Path) -> Iterator[Path]:
         mounts.unmount(at)
 
 
-@pytest.mark.parametrize("vector", [v for v in test_tar_index.VECTORS if "refused" not in v], ids=lambda v: v["name"])
+# Attributes that ext4, on which tests run, has no room for.
+TOO_MUCH = ("mt-xattr-limits", "mt-xattr-body-limit")
+VECTORS = [v for v in test_tar_index.VECTORS if "refused" not in v and v["name"] not in TOO_MUCH]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda v: v["name"])
 def test_an_extracted_golden_layer_is_what_the_kernel_shows(tmp_path: Path, vector: dict[str, str]) -> None:
     layer = tmp_path / "layer"
     layer.write_bytes(test_tar_index.build(bytes((make_tars.CASES | more_tars.CASES)[vector["name"]]()))[1])
