@@ -209,7 +209,7 @@ def entries_verdicts(small: layers.Layer, directory: Path, rounds: int) -> Itera
 def _memory(built: Figures, name: str) -> Verdict:
     entries = built.said["entries"]
     most = next(most for count, most in WORKER_PEAK_BYTES_MAX.items() if entries <= 1.1 * count)
-    peak = max(int(worker["peak_rss_bytes"]) for worker in built.said["usage"].values())
+    peak = peak_of_workers(built)
     return (
         f"peak memory of a worker, {entries:,} inodes, {name}",
         f"≤ {most / 1e6:.0f} MB",

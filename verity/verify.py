@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal
 
+from verity.buffers import ReadAt
 from verity.errors import VerificationFailed
 from verity.hasher import block_digests
 from verity.params import DIGEST_BYTES, Params
 from verity.tree import Geometry
 
-ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes; several threads call it
 Progress = Callable[[int, int], object]  # (bytes checked, bytes in all)
 # Data under one piece of level 0.
 _PIECE_BYTES: Final = 1 << 20
@@ -69,7 +69,8 @@ def verify_all(
     Raises VerificationFailed naming the first bad block: upper levels first, then each piece of level 0
     (what stands above 1 MiB of data) before the data below it. An error of `read_at` is raised at its
     place in the same order. `progress` is called by this thread. `threads`: by default one for each
-    processor that this process may use. Memory: the upper levels, 1/128 of level 0 with 4096-byte hash
+    processor that this process may use; all of them call `read_at`. Memory: the upper levels, 1/128 of level 0 with
+    4096-byte hash
     blocks, and for each thread a few pieces.
     """
     *upper, data = _areas(geometry)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+FORMAT_MASK: Final = 0o170000  # the bits of st_mode that say the file's type (man 7 inode: S_IFMT)
 
 
 @dataclass(frozen=True, slots=True)

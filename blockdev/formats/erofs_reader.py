@@ -10,18 +10,14 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFLNK, S_IFREG
 from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats import erofs
-from blockdev.formats.entry import Entry
+from blockdev.formats.entry import FORMAT_MASK, Entry
 from blockdev.formats.layer_file import ReadAt
 
-S_IFLNK: Final = 0o120000
-S_IFREG: Final = 0o100000
-S_IFBLK: Final = 0o060000
-S_IFDIR: Final = 0o040000
-S_IFCHR: Final = 0o020000
 _XATTR_PREFIX: Final = {
     1: b"user.",
     2: b"system.posix_acl_access",
@@ -36,7 +32,6 @@ _PATH_BYTES_MAX: Final = 1 << 20
 _XATTRS_CACHED_BYTES_MIN: Final = 1 << 10
 _XATTRS_CACHED_BYTES_MAX: Final = 64 << 20
 _XATTRS_READ_TIMES_MAX: Final = 16
-_FORMAT: Final = 0o170000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +82,10 @@ class Reader:
             if len(path) > _PATH_BYTES_MAX:
                 raise LimitExceeded(f"path of {len(path)} bytes")
             inode = self._inode(nid)
-            if not path and inode.mode & _FORMAT != S_IFDIR:
+            if not path and inode.mode & FORMAT_MASK != S_IFDIR:
                 raise FormatError("the root is no directory")
             yield self._entry(path, nid, inode)
-            if inode.mode & _FORMAT == S_IFDIR:
+            if inode.mode & FORMAT_MASK == S_IFDIR:
                 if nid in directories:
                     raise FormatError(f"directory {nid} has two names")
                 directories.add(nid)
@@ -116,7 +111,7 @@ class Reader:
         layout = kind >> 1
         if not kind & 1 or layout not in (erofs.LAYOUT_PLAIN, erofs.LAYOUT_INLINE):
             raise FormatError(f"inode {nid} has format {kind:#x}, which is not ours")
-        if mode & _FORMAT not in erofs.FILE_TYPES:
+        if mode & FORMAT_MASK not in erofs.FILE_TYPES:
             raise FormatError(f"inode {nid} has mode {mode:#o}")
         if nanoseconds >= 1_000_000_000:
             raise FormatError(f"inode {nid} has {nanoseconds} nanoseconds in a second")
@@ -125,7 +120,7 @@ class Reader:
         return _Inode(mode, layout, size, address, uid, gid, (seconds, nanoseconds), nlink, xattr_bytes, end)
 
     def _entry(self, path: bytes, nid: int, inode: _Inode) -> Entry:
-        kind = inode.mode & _FORMAT
+        kind = inode.mode & FORMAT_MASK
         rdev, link, offset = (0, 0), b"", 0
         if kind in (S_IFCHR, S_IFBLK):
             number = inode.address

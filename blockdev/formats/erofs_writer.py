@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from stat import S_IFBLK, S_IFCHR, S_IFLNK, S_IFREG
 from typing import Final
 
 from blockdev.errors import FormatError
 from blockdev.formats import erofs
-from blockdev.formats.file_tree import S_IFBLK, S_IFCHR, S_IFLNK, S_IFREG, Directory, Inode
+from blockdev.formats.file_tree import Directory, Inode
 
 _RESERVED_BYTES: Final = 64  # keeps the root off nid 0, which shows as inode number 0
 _EMIT_BYTES: Final = 256 << 10

@@ -9,6 +9,7 @@ stays a mark and a directory without an entry of its own is made and remembered 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG
 from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
@@ -37,13 +38,6 @@ _FOLLOWED_AT_ONCE: Final = 1 << 20
 _FOLLOWED_PER_MEMBER: Final = 64
 
 _SETGID: Final = 0o2000
-S_IFSOCK: Final = 0o140000
-S_IFLNK: Final = 0o120000
-S_IFREG: Final = 0o100000
-S_IFBLK: Final = 0o060000
-S_IFDIR: Final = 0o040000
-S_IFCHR: Final = 0o020000
-S_IFIFO: Final = 0o010000
 
 _FORMAT_BITS: Final = {
     MemberType.FILE: S_IFREG,

@@ -6,17 +6,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from stat import S_IFDIR, S_IFREG
 from typing import Final
 
 from blockdev.errors import FormatError
-from blockdev.formats.entry import Entry
+from blockdev.formats.entry import FORMAT_MASK, Entry
 from blockdev.formats.layer_file import LayerFile, ReadAt
 from blockdev.formats.layer_reader import index_reader
 
 _READ_BYTES: Final = 1 << 20
-_S_IFMT: Final = 0o170000
-_S_IFDIR: Final = 0o040000
-_S_IFREG: Final = 0o100000
 
 Value = int | bytes | tuple[int, int] | None
 
@@ -108,7 +106,7 @@ def differences(before: tuple[LayerFile, ReadAt], after: tuple[LayerFile, ReadAt
 
 
 def _attributes(left: _Side, old: Entry, right: _Side, new: Entry) -> dict[str, tuple[Value, Value]]:
-    kinds = old.mode & _S_IFMT, new.mode & _S_IFMT
+    kinds = old.mode & FORMAT_MASK, new.mode & FORMAT_MASK
     pairs: dict[str, tuple[Value, Value]] = {
         "mode": (old.mode, new.mode),
         "uid": (old.uid, new.uid),
@@ -118,12 +116,12 @@ def _attributes(left: _Side, old: Entry, right: _Side, new: Entry) -> dict[str, 
         "link": (old.link, new.link),
         "same file as": (left.first_name(old), right.first_name(new)),
     }
-    if _S_IFDIR not in kinds:  # those of a directory follow from what is in it
+    if S_IFDIR not in kinds:  # those of a directory follow from what is in it
         pairs["nlink"] = old.nlink, new.nlink
     for name in sorted({*old.xattrs, *new.xattrs}):
         shown = name.decode("utf-8", "backslashreplace")
         pairs[f"xattr {shown}"] = old.xattrs.get(name), new.xattrs.get(name)
-    if kinds == (_S_IFREG, _S_IFREG):
+    if kinds == (S_IFREG, S_IFREG):
         pairs["size"] = old.size_bytes, new.size_bytes
         if old.size_bytes == new.size_bytes:
             pairs["content"] = left.digest(old), right.digest(new)

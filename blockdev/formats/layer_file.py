@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
 from blockdev.errors import FormatError
 from blockdev.formats import erofs, tarfs
 from verity import trailer as verity_trailer
+from verity.buffers import ReadAt as ReadAt
 from verity.params import PRESETS, Params
 from verity.tree import Geometry
 
 ALIGNMENT_BYTES: Final = 4096
 TRAILER_BYTES: Final = 4096
 HEAD_BYTES: Final = 4096  # of tar-index
-ReadAt = Callable[[int, int], bytes]  # (offset, size) in bytes → at most size bytes
 
 
 def align(value: int, unit: int) -> int:

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from stat import S_IFREG
 from typing import Final
 
 from blockdev.errors import BlockdevError
 from blockdev.formats import erofs
+from blockdev.formats.entry import FORMAT_MASK
 from blockdev.formats.layer_file import Identity, LayerFile, ReadAt, Region
 from blockdev.formats.layer_reader import index_reader
 
 _PATHS_MAX: Final = 8
-_S_IFMT: Final = 0o170000
-_S_IFREG: Final = 0o100000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def _in_tar(layer: LayerFile, read_at: ReadAt, offset: int, size: int, inside: i
     try:
         for entry in index_reader(layer, read_at).walk():
             if (
-                entry.mode & _S_IFMT == _S_IFREG
+                entry.mode & FORMAT_MASK == S_IFREG
                 and entry.data_offset_bytes < offset + size
                 and offset < entry.data_offset_bytes + entry.size_bytes
             ):

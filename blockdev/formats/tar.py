@@ -85,7 +85,7 @@ class Member:
     xattrs: dict[bytes, bytes]
 
 
-def _cut(field: bytes) -> bytes:
+def cut(field: bytes) -> bytes:
     """A text field: up to the first NUL."""
     return field.split(b"\0", 1)[0]
 
@@ -103,7 +103,7 @@ def _value(field: bytes) -> int | None:
             value &= (1 << (bits - 1)) - 1
         return value if -_MAX_64 <= value < _MAX_64 else None
     # Go trims blanks and NULs at both ends and then cuts at the first NUL.
-    text = _cut(field.strip(b" \0"))
+    text = cut(field.strip(b" \0"))
     if not text:
         return 0
     if not _OCTAL.match(text):
@@ -183,12 +183,12 @@ def _prefix(record: bytes, ustar: bool, magic: bytes) -> bytes:
     if ustar and record[508:512] == b"tar\0":
         if _value(record[476:488]) is None or _value(record[488:500]) is None:
             raise FormatError("atime or ctime is no number of 64 bits")
-        return _cut(record[345:476])
+        return cut(record[345:476])
     if ustar:
-        return _cut(record[345:500])
+        return cut(record[345:500])
     if magic == b"ustar  \0" and (_bad_time(record[345:357]) or _bad_time(record[357:369])):
         # GNU has times there, and no prefix; but Go before 1.8, and Docker built with it, wrote one.
-        prefix = _cut(record[345:500])
+        prefix = cut(record[345:500])
         return prefix if prefix.isascii() else b""
     return b""
 
@@ -388,9 +388,9 @@ class TarScanner(RecordStream):
             parse_pax(body)  # malformed ones are refused; well formed ones change nothing
             self._pax = self._long_name = self._long_link = None
         elif kind == "L":
-            self._long_name = _cut(body)
+            self._long_name = cut(body)
         else:
-            self._long_link = _cut(body)
+            self._long_link = cut(body)
 
     def _record(self, record: bytes, end_offset: int) -> None:
         at = end_offset - RECORD_BYTES
@@ -403,7 +403,7 @@ class TarScanner(RecordStream):
         try:
             self._header(record, end_offset)
         except _REFUSALS as error:
-            raise _placed(error, at, _cut(record[:100])) from None
+            raise _placed(error, at, cut(record[:100])) from None
 
     def _header(self, record: bytes, end_offset: int) -> None:
         expected = _sum_for(record[148:156])
@@ -444,7 +444,7 @@ class TarScanner(RecordStream):
             prefix = _prefix(record, ustar, magic)
             if prefix:
                 name = prefix + b"/" + name
-        link = _cut(record[157:257]) if record[157] else b""
+        link = cut(record[157:257]) if record[157] else b""
         if size < 0 and typeflag in (0x30, 0x00):
             raise FormatError("negative size")  # whatever an extended header says
         nanoseconds = 0

@@ -8,19 +8,16 @@ names that no program can ask for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from stat import S_IFDIR, S_IFLNK, S_IFREG
 from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats import tarfs
-from blockdev.formats.entry import Entry
+from blockdev.formats.entry import FORMAT_MASK, Entry
 from blockdev.formats.layer_file import ReadAt
 
-_S_IFMT: Final = 0o170000
-_S_IFDIR: Final = 0o040000
-_S_IFLNK: Final = 0o120000
-_S_IFREG: Final = 0o100000
 _DEVICES: Final = (0o020000, 0o060000)
-_KNOWN: Final = frozenset((_S_IFDIR, _S_IFLNK, _S_IFREG, *_DEVICES, 0o010000, 0o140000))
+_KNOWN: Final = frozenset((S_IFDIR, S_IFLNK, S_IFREG, *_DEVICES, 0o010000, 0o140000))
 _DIRECTORY_BYTES_MAX: Final = 1 << 28
 _PATH_BYTES_MAX: Final = 1 << 20  # also of a name
 _NAMES_BYTES_MAX: Final = 1 << 30  # of all entries with their names
@@ -54,7 +51,7 @@ class Reader:
                 self.hidden_names += 1
                 continue
             yield entry
-            if entry.mode & _S_IFMT != _S_IFDIR:
+            if entry.mode & FORMAT_MASK != S_IFDIR:
                 if not path:
                     raise FormatError("the root is no directory")
                 continue
@@ -80,21 +77,21 @@ class Reader:
 
     def _entry(self, path: bytes, number: int) -> Entry | None:
         mode, flags, time_high, uid, gid, time_low, size, offset = self._inode(number)
-        kind = mode & _S_IFMT
-        if kind not in _KNOWN or mode & ~(_S_IFMT | tarfs.PERMISSIONS):
+        kind = mode & FORMAT_MASK
+        if kind not in _KNOWN or mode & ~(FORMAT_MASK | tarfs.PERMISSIONS):
             return None
         rdev, link, data_offset = (0, 0), b"", 0
         if kind in _DEVICES:
             rdev = (offset >> 32, offset & (tarfs.MINORS - 1))
-        elif kind == _S_IFLNK:
+        elif kind == S_IFLNK:
             if size > tarfs.LINK_TEXT_BYTES_MAX:
                 raise FormatError(f"symlink {path[:200]!r} of {size} bytes")
             link = self._read(offset, size)
-        elif kind == _S_IFREG and size:
+        elif kind == S_IFREG and size:
             if offset + size > self._size:
                 raise FormatError(f"data of {path[:200]!r} lies outside the data area")
             data_offset = offset
-        xattrs = {b"trusted.overlay.opaque": b"y"} if kind == _S_IFDIR and flags & tarfs.FLAG_OPAQUE else {}
+        xattrs = {b"trusted.overlay.opaque": b"y"} if kind == S_IFDIR and flags & tarfs.FLAG_OPAQUE else {}
         mtime = (time_low | (time_high & 0xF) << 32, 0)
         return Entry(path, number, mode, uid, gid, size, mtime, 1, rdev, link, data_offset, xattrs)
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats.limits import Limits
-from blockdev.formats.tar import RECORD_BYTES, RecordStream, parse_pax, record_sum
+from blockdev.formats.tar import RECORD_BYTES, RecordStream, cut, parse_pax, record_sum
 
 # name, mode, uid, gid, size, mtime, checksum, type, link text, magic, device numbers, prefix
 _HEADER: Final = struct.Struct("<100s8s8s8s12s12s8sB100s8s64x8s8s155s12x")
@@ -75,14 +75,10 @@ class TarfsMember:
     faults: dict[str, int] | None
 
 
-def _cut(field: bytes) -> bytes:
-    return field.split(b"\0", 1)[0]
-
-
 @lru_cache(maxsize=1 << 12)
 def _octal(field: bytes) -> int | None:
     try:
-        text = _cut(field).decode().strip(_BLANKS)
+        text = cut(field).decode().strip(_BLANKS)
     except UnicodeDecodeError:
         return None
     digits = text.removeprefix("+")
@@ -231,7 +227,7 @@ class TarfsScanner(RecordStream):
                 self._header(record, end_offset)
         except (FormatError, LimitExceeded) as error:
             at = end_offset - RECORD_BYTES
-            raise type(error)(f"tar header at byte {at} ({_cut(record[:100])[:60]!r}): {error}") from None
+            raise type(error)(f"tar header at byte {at} ({cut(record[:100])[:60]!r}): {error}") from None
 
     def _extend_sparse(self, record: bytes) -> None:
         assert self._sparse is not None
@@ -269,7 +265,7 @@ class TarfsScanner(RecordStream):
         faults: dict[str, int] | None = None
         name = name_field.split(b"\0", 1)[0]
         if prefix_field[0]:
-            prefix = _cut(prefix_field)
+            prefix = cut(prefix_field)
             if ustar:
                 name = prefix + b"/" + name
                 odd = len(prefix) > _STAR_PREFIX_BYTES and record[508:] == b"tar\0"
@@ -277,7 +273,7 @@ class TarfsScanner(RecordStream):
                 odd = magic.startswith(b"ustar\0")  # of another version: a name that others know the prefix of
             if odd:
                 faults = {"misread_headers": 1}
-        link = field = _cut(link_field) if link_field[0] else None
+        link = field = cut(link_field) if link_field[0] else None
         uid, gid, mtime = _number(uid_field), _number(gid_field), _number(mtime_field) or 0
         if pax is not None or long_name is not None or long_link is not None:
             self._pax = self._long_name = self._long_link = None
@@ -300,8 +296,8 @@ class TarfsScanner(RecordStream):
                 faults = _counted(faults, "misread_headers")
             else:
                 # As containerd reads them: cut at a NUL, and an empty one is none.
-                right_name = _cut(long_name or b"") or records.get(b"path") or header_name
-                right_link = _cut(long_link or b"") or records.get(b"linkpath") or field
+                right_name = cut(long_name or b"") or records.get(b"path") or header_name
+                right_link = cut(long_link or b"") or records.get(b"linkpath") or field
                 if name != right_name or (kind in b"12" and link != right_link):
                     faults = _counted(faults, "misread_headers")
                 if records:

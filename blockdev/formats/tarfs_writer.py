@@ -9,31 +9,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG
 from typing import Final
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats import tarfs
+from blockdev.formats.entry import FORMAT_MASK
 from blockdev.formats.layer_file import ReadAt, align
 from blockdev.formats.limits import Limits
 from blockdev.formats.tarfs_tar import Dialect, TarfsMember, TarfsScanner
 from verity.buffers import Buffer
 
-_S_IFMT: Final = 0o170000
-_S_IFREG: Final = 0o100000
-_S_IFLNK: Final = 0o120000
-_S_IFDIR: Final = 0o040000
-_S_IFCHR: Final = 0o020000
-_S_IFBLK: Final = 0o060000
-_S_IFIFO: Final = 0o010000
 _HARDLINK, _GLOBAL = 0x31, 0x67
 _TYPES: Final = {
-    0x30: _S_IFREG,
-    0x00: _S_IFREG,
-    0x32: _S_IFLNK,
-    0x33: _S_IFCHR,
-    0x34: _S_IFBLK,
-    0x35: _S_IFDIR,
-    0x36: _S_IFIFO,
+    0x30: S_IFREG,
+    0x00: S_IFREG,
+    0x32: S_IFLNK,
+    0x33: S_IFCHR,
+    0x34: S_IFBLK,
+    0x35: S_IFDIR,
+    0x36: S_IFIFO,
 }
 _WHITEOUT: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
@@ -70,7 +65,7 @@ class _Node:
 
     @property
     def whiteout(self) -> bool:
-        return self.mode & _S_IFMT == _S_IFCHR and not self.offset
+        return self.mode & FORMAT_MASK == S_IFCHR and not self.offset
 
 
 class _Tree:
@@ -79,7 +74,7 @@ class _Tree:
     def __init__(self, dialect: Dialect, limits: Limits) -> None:
         self._dialect, self._limits = dialect, limits
         self.root = _Node()
-        self.root.mode = _S_IFDIR | 0o555
+        self.root.mode = S_IFDIR | 0o555
         self.texts: list[bytes] = []  # of special symlinks, whatever becomes of these
         self.warnings = dict.fromkeys(sorted(FAULTS), 0)
         self.hardlinks = False
@@ -140,9 +135,9 @@ class _Tree:
             return False
         size = offset = 0
         text = None
-        if file_type == _S_IFREG:
+        if file_type == S_IFREG:
             size, offset = member.size_bytes, member.data_offset_bytes
-        elif file_type == _S_IFLNK:
+        elif file_type == S_IFLNK:
             if member.link is None:
                 return False
             size = len(member.link)
@@ -154,7 +149,7 @@ class _Tree:
                 text = member.link
                 self._charge(size + _NODE_COST_BYTES)
                 self.texts.append(text)
-        elif file_type in (_S_IFCHR, _S_IFBLK):
+        elif file_type in (S_IFCHR, S_IFBLK):
             if member.device is None:
                 return False
             major, minor = member.device
@@ -182,9 +177,9 @@ class _Tree:
     def _overwrite(self, node: _Node, file_type: int) -> None:
         """In place, so under each of its names, and with all that it holds."""
         warnings = self.warnings
-        directory = file_type == _S_IFDIR
+        directory = file_type == S_IFDIR
         if node.children:
-            if directory or node.mode & _S_IFMT not in (_S_IFDIR, 0):
+            if directory or node.mode & FORMAT_MASK not in (S_IFDIR, 0):
                 warnings["dropped_names"] += len(node.children)
             # else whatever replaces a directory takes its place with all below it: that is what everybody does
             self._drop_children(node)
@@ -208,7 +203,7 @@ class _Tree:
         if node.children:
             self.warnings["dropped_names"] += len(node.children)
             self._drop_children(node)
-        node.mode = _S_IFCHR | node.mode & tarfs.PERMISSIONS
+        node.mode = S_IFCHR | node.mode & tarfs.PERMISSIONS
         node.size = node.offset = 0
         node.text = None
 
@@ -227,11 +222,11 @@ class _Tree:
         if faults:
             for fault, times in faults.items():
                 warnings[fault] += times
-        if mode & 0o7000 and file_type != _S_IFLNK:
+        if mode & 0o7000 and file_type != S_IFLNK:
             warnings["lost_mode_bits"] += 1
         if member.mtime > _TIME_MASK:
             warnings["wrong_times"] += 1
-        if file_type == _S_IFLNK:
+        if file_type == S_IFLNK:
             if member.link and len(member.link) > tarfs.LINK_TEXT_BYTES_MAX:
                 warnings["cut_link_texts"] += 1
         elif member.device is not None:
@@ -244,7 +239,7 @@ class _Tree:
         if target_parts is None:
             return False
         target = self._walk(target_parts)
-        if target.mode & _S_IFMT != _S_IFREG:
+        if target.mode & FORMAT_MASK != S_IFREG:
             return False
         place = self._parent(member.name)
         if place is None:
@@ -269,7 +264,7 @@ class _Tree:
             self.warnings[fault] += faults.get(fault, 0)
         if name.startswith(_WHITEOUT):
             self.warnings["lost_marks"] += 1  # a file of this name, where everybody else sees a mark
-        header = _S_IFREG | mode & tarfs.PERMISSIONS, member.uid, member.gid, member.mtime & _TIME_MASK
+        header = S_IFREG | mode & tarfs.PERMISSIONS, member.uid, member.gid, member.mtime & _TIME_MASK
         if header != (target.mode, target.uid, target.gid, target.mtime):
             self.warnings["ignored_link_headers"] += 1
 
@@ -376,7 +371,7 @@ class _Layout:
                 if len(visits) > 2 * limits.entries:
                     raise LimitExceeded(f"more than {2 * limits.entries} names, hardlinks to directories included")
         # Each visit, not each directory: one that is reached under two names is written twice.
-        self._tables = [(node, node.children or {}) for node in visits if node.mode & _S_IFMT == _S_IFDIR]
+        self._tables = [(node, node.children or {}) for node in visits if node.mode & FORMAT_MASK == S_IFDIR]
         position = start + tarfs.INODE.size * len(self.inodes)
         name_bytes = 0
         for node, children in self._tables:
@@ -425,11 +420,11 @@ class _Layout:
             names = node.children
             if names is None:
                 continue
-            if node.mode & _S_IFMT != _S_IFDIR:
+            if node.mode & FORMAT_MASK != S_IFDIR:
                 warnings["unreachable_names"] += len(names)
             elif max(map(len, names)) > tarfs.NAME_BYTES_MAX or b"\0" in b"".join(names) or not _DOTS.isdisjoint(names):
                 warnings["impossible_names"] += sum(map(_impossible, names))
-        if self._tree.root.mode & _S_IFMT != _S_IFDIR:
+        if self._tree.root.mode & FORMAT_MASK != S_IFDIR:
             warnings["bad_root"] = 1
         if self._handed_out != self._texts_bytes:
             warnings["shifted_names"] = sum(len(children) for _, children in self._tables)
@@ -503,7 +498,7 @@ class _SuperblockWatch:
         if self._read_back is None:
             return True
         mode, *_, size, offset = tarfs.INODE.unpack(self._read_back(table, tarfs.INODE.size))
-        if mode & _S_IFMT != _S_IFDIR or mode & ~(_S_IFMT | tarfs.PERMISSIONS):
+        if mode & FORMAT_MASK != S_IFDIR or mode & ~(FORMAT_MASK | tarfs.PERMISSIONS):
             return False
         if not size:
             return True

@@ -391,7 +391,7 @@ MUTANTS: Final = [
         ("numbers: base-256 without its marker", "value &= (1 << (bits - 1)) - 1", "pass"),
         ("numbers: base-256 has 64 bits", "return value if -_MAX_64 <= value < _MAX_64 else None", "return value"),
         ("numbers: blanks and NULs at both ends", 'field.strip(b" \\0")', 'field.rstrip(b" \\0")'),
-        ("numbers: cut at the first NUL", 'text = _cut(field.strip(b" \\0"))', 'text = field.strip(b" \\0")'),
+        ("numbers: cut at the first NUL", 'text = cut(field.strip(b" \\0"))', 'text = field.strip(b" \\0")'),
         ("numbers: empty is 0", "    if not text:\n        return 0\n", "    if not text:\n        return None\n"),
         (
             "numbers: octal digits only",
@@ -448,8 +448,8 @@ MUTANTS: Final = [
         ),
         ("extended: L", '0x4C: "L", ', ""),
         ("extended: K", ', 0x4B: "K"', ""),
-        ("extended: L up to the first NUL", "self._long_name = _cut(body)", 'self._long_name = body.rstrip(b"\\0")'),
-        ("extended: K up to the first NUL", "self._long_link = _cut(body)", 'self._long_link = body.rstrip(b"\\0")'),
+        ("extended: L up to the first NUL", "self._long_name = cut(body)", 'self._long_name = body.rstrip(b"\\0")'),
+        ("extended: K up to the first NUL", "self._long_link = cut(body)", 'self._long_link = body.rstrip(b"\\0")'),
         ("extended: an empty L has no effect", "        if long_name:\n", "        if long_name is not None:\n"),
         ("extended: an empty K has no effect", "        if long_link:\n", "        if long_link is not None:\n"),
         (
@@ -630,10 +630,10 @@ MUTANTS: Final = [
         "blockdev.formats.tar",
         (
             "headers: prefix of 155 bytes",
-            "    if ustar:\n        return _cut(record[345:500])",
-            "    if ustar:\n        return _cut(record[345:476])",
+            "    if ustar:\n        return cut(record[345:500])",
+            "    if ustar:\n        return cut(record[345:476])",
         ),
-        ("headers: star's prefix", "return _cut(record[345:476])", "return _cut(record[345:500])"),
+        ("headers: star's prefix", "return cut(record[345:476])", "return cut(record[345:500])"),
         (
             "headers: star's times",
             "if _value(record[476:488]) is None or _value(record[488:500]) is None:",

@@ -8,6 +8,7 @@ import hashlib
 import stat
 import struct
 import tracemalloc
+from stat import S_IFREG
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from blockdev.formats import erofs
 from blockdev.formats.entry import Entry
 from blockdev.formats.erofs_reader import Reader
 from blockdev.formats.erofs_writer import MetadataWriter
-from blockdev.formats.file_tree import S_IFREG, Directory, Inode
+from blockdev.formats.file_tree import Directory, Inode
 from blockdev.formats.layer_file import Trailer
 from tests.golden import make_tars
 from tests.golden.make_tars import EOA, T0
