@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,31 @@ class Figures:
     said: dict[str, Any] = field(default_factory=dict)
 
 
-def program(*argv: str | Path) -> Figures:
-    """One of bench.stages to its end, its children counted in; wall time as it says itself."""
-    os.sync()  # what the one before has left to the disk is not this one's
-    process = subprocess.Popen(
+def _start(argv: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         [sys.executable, "-m", "bench.stages", *map(str, argv)],
         stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=CHECKOUT,
     )  # fmt: skip
+
+
+def program(*argv: str | Path) -> Figures:
+    """One of bench.stages to its end, its children counted in; wall time as it says itself."""
+    os.sync()  # what the one before has left to the disk is not this one's
+    return _finish(_start(argv), argv)
+
+
+def at_once(*argvs: Sequence[str | Path]) -> Figures:
+    """Some of bench.stages side by side: as long as the slowest of them says itself."""
+    os.sync()
+    processes = [_start(argv) for argv in argvs]
+    each = [_finish(process, argv) for process, argv in zip(processes, argvs, strict=True)]
+    return Figures(
+        max(figures.wall_seconds for figures in each), sum(figures.cpu_seconds for figures in each),
+        max(figures.peak_bytes for figures in each), sum(figures.written_bytes for figures in each),
+    )  # fmt: skip
+
+
+def _finish(process: subprocess.Popen[bytes], argv: Sequence[str | Path]) -> Figures:
     assert process.stdout is not None
     text = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
