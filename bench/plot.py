@@ -53,7 +53,7 @@ def _builds(figures: dict[str, Any], path: Path) -> Path:
 
 def _stages(figures: dict[str, Any], path: Path) -> Path:
     """What the limit is made of."""
-    names = [name for name in figures["figures"] if not name.startswith(("build", "containerd"))]
+    names = [name for name in figures["figures"] if not name.startswith(("build", "containerd", "stages"))]
     figure = Figure(figsize=(7, 0.3 * len(names) + 0.6))
     values = [_wall(figures, name) for name in names]
     _bars(figure.subplots(), names, values, [_COLOURS["limit"]] * len(names), "seconds, each stage alone")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import Final, Self
 
@@ -188,6 +187,8 @@ class LeafStore:
     def _file(self) -> int:
         if self._fd is None:
             # Unlinked at once, so that nothing is left behind whatever becomes of the process.
+            import tempfile  # costs a worker, which brings its own, a tenth of its start
+
             self._own, path = tempfile.mkstemp(prefix="verity-leaves-")
             os.unlink(path)
             self._fd = self._own

@@ -69,9 +69,8 @@ def verify_all(
     Raises VerificationFailed naming the first bad block: upper levels first, then each piece of level 0
     (what stands above 1 MiB of data) before the data below it. An error of `read_at` is raised at its
     place in the same order. `progress` is called by this thread. `threads`: by default one for each
-    processor that this process may use; all of them call `read_at`. Memory: the upper levels, 1/128 of level 0 with
-    4096-byte hash
-    blocks, and for each thread a few pieces.
+    processor that this process may use; all of them call `read_at`. Memory: the upper levels, 1/128 of
+    level 0 with 4096-byte hash blocks, and for each thread a few pieces.
     """
     *upper, data = _areas(geometry)
     total = geometry.data_size_bytes + geometry.tree_size_bytes
