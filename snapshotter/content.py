@@ -41,17 +41,26 @@ class Caller:
 
     @classmethod
     def of(cls, metadata: dict[str, str], key: str) -> Caller:
-        return cls(metadata.get("containerd-namespace") or namespace_of(key), metadata.get("containerd-lease", ""))
+        """containerd 1.6 sends no namespace; its keys begin with one. Raises InvalidArgument."""
+        of_key = namespace_of(key)
+        return cls(
+            metadata.get("containerd-namespace") or (of_key if _is_sendable(of_key) else ""),
+            metadata.get("containerd-lease", ""),
+        )
 
     def __post_init__(self) -> None:
-        # Both go out again as gRPC metadata, which is printable ASCII; containerd's own names are narrower still.
         for text in (self.namespace, self.lease):
-            if not text.isascii() or not text.isprintable() or len(text) > _TEXT_MAX:
+            if not _is_sendable(text):
                 raise InvalidArgument(f"no namespace or lease of containerd's: {text[:80]!r}")
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         lease = (("containerd-lease", self.lease),) if self.lease else ()
         return (("containerd-namespace", self.namespace or "default"), *lease)
+
+
+def _is_sendable(text: str) -> bool:
+    """As gRPC metadata, which is printable ASCII; containerd's own names are narrower still."""
+    return text.isascii() and text.isprintable() and len(text) <= _TEXT_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a caller is told: one family, each kind with its gRPC status code.
 
-The codes are containerd's errdefs mapping; garbage collection goes on only over NOT_FOUND and
-FAILED_PRECONDITION, and an UNIMPLEMENTED of Apply makes containerd ask the next differ.
+The codes are containerd's errdefs mapping. Its listings go on only over a NOT_FOUND of Stat, its
+garbage collection only over a FAILED_PRECONDITION of Remove, and an UNIMPLEMENTED of Apply makes it
+ask the next differ.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A request's filters are alternatives.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,12 +52,39 @@ class Subject:
 Predicate = Callable[[Subject], bool]
 
 
-def compile_filters(filters: Iterable[str]) -> Predicate:
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    path: tuple[str, ...]
+    holds: Predicate
+    equals: str | None = None  # what the field must be, where that is all it says
+
+
+class Filters:
+    """What a request's filters let through."""
+
+    def __init__(self, alternatives: Sequence[Sequence[_Condition]]) -> None:
+        self._alternatives = alternatives
+
+    def __call__(self, subject: Subject) -> bool:
+        if not self._alternatives:
+            return True
+        return any(all(condition.holds(subject) for condition in all_of) for all_of in self._alternatives)
+
+    def only(self, field: str) -> frozenset[str] | None:
+        """The values of which the field has one, whatever passes; None where it may have any. An index finds those
+        at once: what containerd asks after an ALREADY_EXISTS names one parent."""
+        found = []
+        for all_of in self._alternatives:
+            value = next((each.equals for each in all_of if each.path == (field,) and each.equals is not None), None)
+            if value is None:
+                return None
+            found.append(value)
+        return frozenset(found) if found else None
+
+
+def compile_filters(filters: Iterable[str]) -> Filters:
     """Raises InvalidArgument, naming the filter and the place."""
-    alternatives = [_Parser(text).filter() if text else [] for text in filters]
-    if not alternatives:
-        return lambda subject: True
-    return lambda subject: any(all(holds(subject) for holds in conditions) for conditions in alternatives)
+    return Filters([_Parser(text).filter() if text else [] for text in filters])
 
 
 class _Parser:
@@ -66,7 +93,7 @@ class _Parser:
         if len(text) > _TEXT_BYTES_MAX:
             raise InvalidArgument(f"filter of {len(text)} characters is over {_TEXT_BYTES_MAX}")
 
-    def filter(self) -> list[Predicate]:
+    def filter(self) -> list[_Condition]:
         conditions = [self._condition()]
         while self._skip(","):
             conditions.append(self._condition())
@@ -74,17 +101,17 @@ class _Parser:
             raise self._error("',' or the end")
         return conditions
 
-    def _condition(self) -> Predicate:
+    def _condition(self) -> _Condition:
         fields = [self._field()]
         while self._skip("."):
             fields.append(self._field())
         path = tuple(fields)
         if self._skip("=="):
             wanted = self._value('"')
-            return lambda subject: subject.value(path) == wanted
+            return _Condition(path, lambda subject: subject.value(path) == wanted, wanted)
         if self._skip("!="):
             unwanted = self._value('"')
-            return lambda subject: subject.value(path) != unwanted
+            return _Condition(path, lambda subject: subject.value(path) != unwanted)
         if self._skip("~="):
             # RE2 takes linear time, whatever the expression: Python's own could stop the whole daemon.
             options = re2.Options()
@@ -93,8 +120,8 @@ class _Parser:
                 pattern = re2.compile(self._value('"/|'), options)
             except re2.error:
                 raise self._error("a regular expression") from None
-            return lambda subject: pattern.search(subject.value(path) or "") is not None
-        return lambda subject: subject.value(path) is not None
+            return _Condition(path, lambda subject: pattern.search(subject.value(path) or "") is not None)
+        return _Condition(path, lambda subject: subject.value(path) is not None)
 
     def _field(self) -> str:
         self._blanks()

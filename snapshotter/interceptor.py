@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
@@ -59,13 +60,17 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return call
 
-    def _streaming(self, method: str, behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], Any]:
-        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+    def _streaming(
+        self, method: str, behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]]
+    ) -> Callable[[Any, Any], Any]:
+        async def call(request: Any, context: Any) -> AsyncGenerator[Any, None]:
             with _Call(self._log, method, request) as done:
                 try:
                     async with asyncio.timeout(self._bound(method)):
-                        async for message in behaviour(request, context):
-                            yield message
+                        # Closed here and now, also where the caller has stopped reading in the middle.
+                        async with aclosing(behaviour(request, context)) as messages:
+                            async for message in messages:
+                                yield message
                         return
                 except asyncio.CancelledError as error:
                     failure = _of_another(error)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
@@ -26,10 +27,12 @@ _KINDS: Final = {
     Kind.VIEW: snapshots_pb2.VIEW,
     Kind.ACTIVE: snapshots_pb2.ACTIVE,
     Kind.COMMITTED: snapshots_pb2.COMMITTED,
+    Kind.UNKNOWN: snapshots_pb2.UNKNOWN,
 }
 _TAR: Final = "application/vnd.oci.image.layer.v1.tar"
 # A message of the list stays far below gRPC's 4 MiB, labels (4 KiB each pair) included.
 _LIST_MESSAGE_BYTES: Final = 256 << 10
+_LIST_MESSAGE_INFOS: Final = 100  # as containerd's own server (contrib/snapshotservice)
 
 
 def _caller(context: Any, key: str = "") -> Caller:
@@ -105,15 +108,16 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
         )
         return snapshots_pb2.UpdateSnapshotResponse(info=_info(snapshot))
 
-    async def List(self, request: Any, context: Any) -> AsyncIterator[snapshots_pb2.ListSnapshotsResponse]:
+    async def List(self, request: Any, context: Any) -> AsyncGenerator[snapshots_pb2.ListSnapshotsResponse, None]:
         message, size = snapshots_pb2.ListSnapshotsResponse(), 0
-        for snapshot in await self._snapshots.walk(request.snapshotter, list(request.filters)):
-            info = _info(snapshot)
-            message.info.append(info)
-            size += info.ByteSize()
-            if size > _LIST_MESSAGE_BYTES:
-                yield message
-                message, size = snapshots_pb2.ListSnapshotsResponse(), 0
+        async with aclosing(self._snapshots.walk(request.snapshotter, list(request.filters))) as found:
+            async for snapshot in found:
+                info = _info(snapshot)
+                message.info.append(info)
+                size += info.ByteSize()
+                if size > _LIST_MESSAGE_BYTES or len(message.info) == _LIST_MESSAGE_INFOS:
+                    yield message
+                    message, size = snapshots_pb2.ListSnapshotsResponse(), 0
         if message.info:
             yield message
 

@@ -8,8 +8,8 @@ leaves between two of these steps, `reconcile` finishes or undoes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from blockdev.formats.compression import MEDIA_TYPES
@@ -74,8 +74,7 @@ class Snapshots:
         """What an unpacker may still be filling since before the start."""
         for snapshot in await self._metastore.snapshots():
             if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
-                with suppress(InvalidArgument):  # a key that names no namespace of containerd's
-                    self._expect(snapshot, Caller.of({}, snapshot.name))
+                self._expect(snapshot, Caller.of({}, snapshot.name))
 
     async def close(self) -> None:
         await self._candidates.close()
@@ -101,8 +100,8 @@ class Snapshots:
     async def mounts(self, snapshotter: str, key: str) -> list[Mount]:
         """What prepare or view answered. Raises NotFound, FailedPrecondition (committed)."""
         snapshot = await self._metastore.stat(self._known(snapshotter), key)
-        if snapshot.kind is Kind.COMMITTED:
-            raise FailedPrecondition(f"snapshot {key!r} is committed: it has no mounts")
+        if snapshot.kind not in (Kind.ACTIVE, Kind.VIEW):
+            raise FailedPrecondition(f"snapshot {key!r} is {snapshot.kind}: it has no mounts")
         return await self._mounts(snapshot)
 
     async def commit(
@@ -170,12 +169,17 @@ class Snapshots:
         return await self._metastore.stat(self._known(snapshotter), key)
 
     async def update(self, snapshotter: str, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
-        """Labels are all that can change. Raises NotFound, InvalidArgument (another field)."""
-        for path in paths:
-            if path != "labels" and not path.startswith("labels."):
-                raise InvalidArgument(f"cannot update field {path!r} of snapshot {name!r}: only labels change")
+        """Labels are all that can change: "labels" or no path replaces them, "labels.KEY" takes one of the request's,
+        or removes it where the request has none; KEY may hold dots and slashes. Raises NotFound, InvalidArgument
+        (another field).
+
+        What we know of a layer stands in rows of its own and never in labels, so that no client erases or forges it.
+        """
 
         def change(old: dict[str, str]) -> Mapping[str, str]:
+            for path in paths:
+                if path != "labels" and not path.startswith("labels."):
+                    raise InvalidArgument(f"cannot update field {path!r} of snapshot {name!r}: only labels change")
             if not paths or "labels" in paths:
                 return labels
             for path in paths:
@@ -185,14 +189,15 @@ class Snapshots:
 
         return await self._metastore.update_labels(self._known(snapshotter), name, change)
 
-    async def walk(self, snapshotter: str, filters: Iterable[str]) -> list[Snapshot]:
-        """All namespaces', parents first. Raises InvalidArgument (a filter)."""
+    async def walk(self, snapshotter: str, filters: Iterable[str]) -> AsyncGenerator[Snapshot, None]:
+        """All namespaces', as they are at one moment. Raises InvalidArgument (a filter)."""
         wanted = compile_filters(filters)
-        return [
-            snapshot
-            for snapshot in await self._metastore.snapshots(self._known(snapshotter))
-            if wanted(Subject(snapshot.name, snapshot.parent, snapshot.kind, snapshot.labels))
-        ]
+        rows = self._metastore.walk(self._known(snapshotter), wanted.only("name"), wanted.only("parent"))
+        async with aclosing(rows) as batches:
+            async for batch in batches:
+                for snapshot in batch:
+                    if wanted(Subject(snapshot.name, snapshot.parent, snapshot.kind, snapshot.labels)):
+                        yield snapshot
 
     async def usage(self, snapshotter: str, key: str) -> Use:
         """Of the snapshot alone, without its parents. Raises NotFound."""

@@ -188,9 +188,9 @@ def at(info: snapshots_pb2.Info) -> tuple[int, int]:
 
 def test_prepare_answers_a_writable_empty_directory_and_remembers_what_was_asked(api: Api) -> None:
     before = time.time_ns()
-    labels = {REF: "x", "containerd.io/snapshot/a.b/c": "ü", "empty": ""}
+    labels = {REF: "x", "containerd.io/snapshot/a.b/c": "ü"}
     key = api.key("0123456789abcdef")
-    (mount,) = api.prepare(key, labels=labels)
+    (mount,) = api.prepare(key, labels={**labels, "an empty one is none": ""})
     assert (mount.type, mount.target) == ("bind", "")
     assert {"rbind", "rw"} <= set(mount.options)
     directory = Path(mount.source)
@@ -464,7 +464,9 @@ def test_a_parent_goes_after_its_children(api: Api) -> None:
     top = api.layer("a", "b", parent=below)
     child = api.key(f"extract-1-x {chain_of(['a', 'b', 'c'])}")
     api.prepare(child, top)
-    assert top in refused(Code.FAILED_PRECONDITION, api.remove, below)
+    text = refused(Code.FAILED_PRECONDITION, api.remove, below)
+    assert top in text
+    assert "remove" in text  # containerd's conformance suite looks for it
     assert child in refused(Code.FAILED_PRECONDITION, api.remove, top)
     for key in (child, top, below):
         api.remove(key)
@@ -546,8 +548,10 @@ def test_updates_change_labels_by_their_mask(api: Api) -> None:
     assert labels({odd: "6"}, f"labels.{odd}") == {"a": "3", "b": "2", "c": "4", "d": "5", odd: "6"}
     assert labels({"a": "7"}, "labels") == {"a": "7"}
     assert labels({"b": "8", "c": "9"}) == {"b": "8", "c": "9"}
-    # A label that the mask names and the request lacks becomes empty, which containerd's own store takes for none.
-    assert {name: value for name, value in labels({}, "labels.b").items() if value} == {"c": "9"}
+    # A label that the mask names and the request lacks is deleted, and so is one that becomes empty.
+    assert labels({}, "labels.b") == {"c": "9"}
+    assert labels({"c": "", "d": ""}, "labels.c", "labels.d") == {}
+    assert labels({"a": "1", "b": ""}) == {"a": "1"}
     assert labels({}) == {}
 
 
@@ -555,6 +559,8 @@ def test_nothing_but_labels_can_be_updated(api: Api) -> None:
     key = api.key("k")
     api.prepare(key, labels={"a": "1"})
     before = api.stat(key)
+    # Whether it is there comes first.
+    refused(Code.NOT_FOUND, api.update, "default/9/absent", {}, "parent")
     for path in ("name", "parent", "kind", "created_at", "label", "labelsx", "Labels.a", "labels/a", "", "*"):
         assert key in refused(Code.INVALID_ARGUMENT, api.update, key, {"a": "2"}, path)
         refused(Code.INVALID_ARGUMENT, api.update, key, {"a": "2"}, "labels.a", path)
@@ -627,7 +633,7 @@ def test_many_snapshots_come_in_messages_of_bounded_size(api: Api) -> None:
     assert {call.code() for call in calls} == {Code.OK}
     messages = api.messages()
     assert len(messages) > 1
-    assert all(message.ByteSize() < 1 << 20 for message in messages)
+    assert all(message.ByteSize() < 1 << 20 and len(message.info) <= 100 for message in messages)
     names = [info.name for message in messages for info in message.info]
     assert sorted(names) == sorted(keys)
     assert api.list(f'name=="{keys[77]}"') == [keys[77]]

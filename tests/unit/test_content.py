@@ -415,6 +415,9 @@ async def test_a_blob_in_the_directory_is_read_from_it(whole: tuple[Store, Conte
     [
         ({"containerd-namespace": "k8s.io", "containerd-lease": "l"}, "default/1/x", Caller("k8s.io", "l")),
         ({}, "default/1/x", Caller("default")),
+        # Any text can be a key; what is no namespace is none.
+        ({}, "odd\nname/1/x", Caller("")),
+        ({}, "k" * 5000, Caller("")),
         ({"containerd-namespace": ""}, "moby/1/x", Caller("moby")),
         ({}, "", Caller("")),
     ],

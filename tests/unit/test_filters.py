@@ -229,3 +229,30 @@ def test_an_expression_takes_no_exponential_time() -> None:
     """RE2, which containerd has, is linear; the daemon's one loop would stand still meanwhile."""
     with suppress(InvalidArgument):
         assert not compile_filters(["name~=(a+)+$"])(Subject("a" * 40 + "!", "", "active", {}))
+
+
+@pytest.mark.parametrize(
+    ("filters", "names", "parents"),
+    [
+        ([], None, None),
+        ([""], None, None),
+        ([f'labels."{REF}"=={CHAIN},parent=="default/1/base"'], None, {"default/1/base"}),
+        ([f'labels."{REF}"=={CHAIN},parent==""'], None, {""}),
+        (["name==a", "name==b,kind==active"], {"a", "b"}, None),
+        (["name==a", "kind==active"], None, None),
+        (["name==a", ""], None, None),
+        (["name!=a"], None, None),
+        (["name~=a"], None, None),
+        (["name"], None, None),
+        (["name.x==a"], None, None),
+        (["name==a,parent==p"], {"a"}, {"p"}),
+        (["name==a,name==b"], {"a"}, None),
+        (["labels.name==a"], None, None),
+    ],
+)
+def test_what_filters_say_of_names_and_parents(
+    filters: list[str], names: set[str] | None, parents: set[str] | None
+) -> None:
+    compiled = compile_filters(filters)
+    assert compiled.only("name") == names
+    assert compiled.only("parent") == parents
