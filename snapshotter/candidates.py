@@ -1,70 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer that completes a chain ID, where no Apply names its blob: containerd 1.6 has no diff plugins.
 
-Any image can list another's diff IDs beside blobs of its own. So a chain ID has candidates, and what
-each is, its build finds out.
+What its diff ID is, the chain ID says: it is a hash of that and of the chain below, so that every image
+that has it has the same. But any image can list it beside blobs of its own. So a chain ID has
+candidates, and what each is, its build finds out. No parent is needed for any of this: it may come only
+with the Commit.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Final
 
 from snapshotter.builder import Builder
 from snapshotter.content import Blob, Caller, Content
-from snapshotter.errors import DataLoss, NotFound, SnapshotterError, Unavailable, translate
+from snapshotter.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    OverLimit,
+    SnapshotterError,
+    translate,
+)
 from snapshotter.log import get_logger
-from snapshotter.metastore import Layer, Metastore, Snapshot, SnapshotID
-from snapshotter.names import ChainID, chain_id
+from snapshotter.metastore import Layer, Snapshot, SnapshotID
+from snapshotter.names import ChainID
 
 _POLL_SECONDS: Final = (0.05, 2.0)  # first and longest wait for a blob that is still being fetched
+_RETRY_SECONDS: Final = (1.0, 60.0)  # and for what kept a build from its end to pass
+# What the same bytes end in again. All else passes: a worker that was killed, a full disk.
+_LASTING: Final = (InvalidArgument, DataLoss, OverLimit, DeadlineExceeded)
 
 
 class Candidates:
     """`formats`: of each snapshotter's name."""
 
-    def __init__(self, formats: Mapping[str, str], metastore: Metastore, builder: Builder, content: Content) -> None:
+    def __init__(self, formats: Mapping[str, str], builder: Builder, content: Content) -> None:
         self._formats = formats
-        self._metastore, self._builder, self._content = metastore, builder, content
+        self._builder, self._content = builder, content
         self._early: dict[SnapshotID, asyncio.Task[None]] = {}
-        # What failed for a snapshot is not tried again for it; None: it is another layer.
-        self._struck: dict[SnapshotID, dict[Blob, SnapshotterError | None]] = {}
+        # What is known of blobs, for a snapshot: a diff ID, or why none will ever come of it.
+        self._known: dict[SnapshotID, dict[Blob, str | SnapshotterError]] = {}
         self._log = get_logger()
 
-    async def layer(
-        self, snapshot: Snapshot, chain: ChainID, parent_chain: ChainID | None, caller: Caller
-    ) -> Layer | None:
-        """None where no blob of the store is the layer. Raises what the first candidate failed with that failed."""
-        layer_format = self._formats[snapshot.snapshotter]
-        struck = self._struck.setdefault(snapshot.id, {})
-        known: list[Blob] = []
+    async def layer(self, snapshot: Snapshot, chain: ChainID, caller: Caller) -> Layer | None:
+        """None where no blob of the store is the layer. Raises what a candidate failed with, one that may yet succeed
+        before one that will not."""
+        known = self._known.setdefault(snapshot.id, {})
+        diff_id, blobs = await self._content.candidates(chain)
+        built: list[Blob] = []
         unknown: list[Blob] = []
-        for blob in await self._content.candidates(chain):
-            if blob in struck:
-                continue
-            diff_id = await self._builder.mapping(blob)
-            if diff_id is None:
+        for blob in blobs:
+            what = known.get(blob) or await self._builder.mapping(blob)
+            if what is None:
                 unknown.append(blob)
-            elif chain_id(parent_chain, diff_id) == chain:
-                known.append(blob)
-            else:
-                struck[blob] = None
+            elif what == diff_id:
+                built.append(blob)
+        passing: SnapshotterError | None = None
         # One that is built already first: containerd waits in its write transaction.
-        for blob in (*known, *unknown):
+        for blob in (*built, *unknown):
             try:
-                layer = await self._builder.build(blob, layer_format, caller)
-            except (Unavailable, NotFound):
-                continue  # may be there the next time
+                layer = await self._builder.build(blob, self._formats[snapshot.snapshotter], caller)
+            except NotFound:
+                continue  # not for this caller, or not any more
             except SnapshotterError as error:
-                struck[blob] = error
+                if isinstance(error, _LASTING):
+                    known[blob] = error
+                else:
+                    passing = passing or error
                 continue
-            if chain_id(parent_chain, layer.diff_id) == chain:
+            if layer.diff_id == diff_id:
                 return layer
             self._log.warning("blob is not the layer that an image claims", blob=blob.digest, chain_id=chain)
-            struck[blob] = None
-        failure = next((error for error in struck.values() if error is not None), None)
+            known[blob] = layer.diff_id
+        failure = passing or next((what for what in known.values() if isinstance(what, SnapshotterError)), None)
         if failure is not None:
             raise failure
         if rotten := self._content.rotten(chain):
@@ -78,15 +89,18 @@ class Candidates:
         task.add_done_callback(lambda _: self._early.pop(snapshot.id, None))
 
     async def _build_early(self, snapshot: Snapshot, chain: ChainID, caller: Caller) -> None:
-        wait, longest = _POLL_SECONDS
+        poll, retry = _POLL_SECONDS[0], _RETRY_SECONDS[0]
         try:
-            parent = await self._metastore.by_id(snapshot.parent_id) if snapshot.parent_id else None
             while True:
-                with suppress(SnapshotterError):  # Commit meets it again, and tells it
-                    if await self.layer(snapshot, chain, parent.chain_id if parent else None, caller):
+                try:
+                    if await self.layer(snapshot, chain, caller):
                         return
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, longest)
+                except SnapshotterError as error:  # Commit meets it again, and tells it
+                    if not isinstance(error, _LASTING):
+                        await asyncio.sleep(retry)
+                        retry = min(2 * retry, _RETRY_SECONDS[1])
+                await asyncio.sleep(poll)
+                poll = min(2 * poll, _POLL_SECONDS[1])
         except Exception as error:
             self._log.error("early build gave up", key=snapshot.name, error=str(translate(error)))
 
@@ -99,7 +113,7 @@ class Candidates:
     def forget(self, snapshot_id: SnapshotID) -> None:
         """The snapshot is committed or gone."""
         self.stop(snapshot_id)
-        self._struck.pop(snapshot_id, None)
+        self._known.pop(snapshot_id, None)
 
     async def close(self) -> None:
         tasks = list(self._early.values())

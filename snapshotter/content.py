@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _LAYERS_MAX: Final = 1000
 _TEXT_MAX: Final = 255
 _INDEX_BYTES_MAX: Final = 64 << 20
 _CALL_SECONDS: Final = 10.0
+_TICK_NS: Final = 10**9  # more than that of any file system
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,17 @@ class ChainIndex:
         self._size_bytes = 0
         self._left_out: set[str] = set()
         self._by_config: dict[str, set[str]] = {}  # config digest → names of manifests
-        self._chains: dict[ChainID, dict[Blob, int]] = {}  # with the number of images that claim it
+        self._chains: dict[ChainID, _Claimed] = {}
+        self._as_of_ns = -1  # the directory's own time, as far as that says that nothing has come or gone since
 
     def refresh(self) -> None:
+        """Costs one stat(2) while nothing changes: who waits for a blob asks again and again."""
+        with suppress(FileNotFoundError):
+            changed_ns = os.stat(self._blobs).st_mtime_ns
+            if changed_ns == self._as_of_ns:
+                return
+            # What comes within a tick of the clock leaves no other trace.
+            self._as_of_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
         try:
             with os.scandir(self._blobs) as entries:
                 names = {entry.name for entry in entries}
@@ -133,7 +143,13 @@ class ChainIndex:
         self._seen = names
 
     def blobs(self, chain: ChainID) -> tuple[Blob, ...]:
-        return tuple(self._chains.get(chain, ()))
+        claimed = self._chains.get(chain)
+        return tuple(claimed.blobs) if claimed else ()
+
+    def diff_id(self, chain: ChainID) -> str | None:
+        """Of the layer that completes the chain; no image can claim another: the chain ID is a hash of it."""
+        claimed = self._chains.get(chain)
+        return claimed.diff_id if claimed else None
 
     def _read(self, name: str) -> bytes | None:
         with suppress(OSError):
@@ -193,12 +209,20 @@ class ChainIndex:
             chain = chain_id(chain, diff_id)
             if blob is None:
                 continue
-            blobs = self._chains.setdefault(chain, {})
+            blobs = self._chains.setdefault(chain, _Claimed(diff_id, {})).blobs
             blobs[blob] = blobs.get(blob, 0) + by
             if not blobs[blob]:
                 del blobs[blob]
                 if not blobs:
                     del self._chains[chain]
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """Of one chain ID."""
+
+    diff_id: str
+    blobs: dict[Blob, int]  # with the number of images that claim it
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +279,13 @@ class Content:
         except OSError:
             return None
 
-    async def candidates(self, chain: ChainID) -> tuple[Blob, ...]:
-        """Complete blobs that images claim for the chain ID, in the order in which they were seen."""
+    async def candidates(self, chain: ChainID) -> tuple[str | None, tuple[Blob, ...]]:
+        """The diff ID of the layer that completes the chain, where some image has it; and complete blobs that images
+        claim for it, in the order in which they were seen: which of them is that layer, a build finds out."""
         async with self._refreshing:
             await asyncio.to_thread(self._index.refresh)
-        return tuple(blob for blob in self._index.blobs(chain) if self._size(blob) == blob.size_bytes)
+        complete = tuple(blob for blob in self._index.blobs(chain) if self._size(blob) == blob.size_bytes)
+        return self._index.diff_id(chain), complete
 
     def rotten(self, chain: ChainID) -> str:
         """Of the blobs that `candidates` left out, what is wrong with one that is there; "" where none is."""

@@ -58,6 +58,10 @@ class ResourceExhausted(SnapshotterError):
     code = StatusCode.RESOURCE_EXHAUSTED
 
 
+class OverLimit(ResourceExhausted):
+    """A bound for layers, which this one is over whenever it is built; of a full disk it is ResourceExhausted alone."""
+
+
 class DeadlineExceeded(SnapshotterError):
     code = StatusCode.DEADLINE_EXCEEDED
 
@@ -76,7 +80,7 @@ _KINDS: Final[tuple[tuple[type[blockdev.BlockdevError], type[SnapshotterError]],
     (blockdev.CompressionError, InvalidArgument),
     # Not UNIMPLEMENTED: another differ would unpack the layer unverified.
     (blockdev.UnsupportedError, InvalidArgument),
-    (blockdev.LimitExceeded, ResourceExhausted),
+    (blockdev.LimitExceeded, OverLimit),
     (blockdev.NoSpace, ResourceExhausted),
 )
 

@@ -64,7 +64,7 @@ class Snapshots:
         self._directories, self._activation = directories, activation
         self._cache_bytes = cache_bytes
         formats = {name: named.format for name, named in names.items()}
-        self._candidates = Candidates(formats, metastore, builder, content)
+        self._candidates = Candidates(formats, builder, content)
         self._background = Background()
         # Once containerd has called Apply it will again, with the very blob: nothing is left to guess.
         self._applies = False
@@ -119,7 +119,7 @@ class Snapshots:
             raise FailedPrecondition(f"snapshot {key!r} is {snapshot.kind}, not active")
         above = await self._parent_at_commit(snapshot, parent)
         parent_chain = above.chain_id if above else None
-        layer = await self._layer_of(snapshot, name, parent_chain, caller)
+        layer = await self._layer_of(snapshot, name, caller)
         # On a parent that has no chain ID, nothing has one.
         chain = chain_id(parent_chain, layer.diff_id) if above is None or parent_chain else None
         promised = last_component(name)
@@ -346,7 +346,7 @@ class Snapshots:
             raise FailedPrecondition(f"parent {parent!r} is {found.kind}, not committed")
         return found
 
-    async def _layer_of(self, snapshot: Snapshot, name: str, parent_chain: ChainID | None, caller: Caller) -> Layer:
+    async def _layer_of(self, snapshot: Snapshot, name: str, caller: Caller) -> Layer:
         if snapshot.layer_id is not None:
             layer = await self._metastore.layer_by_id(snapshot.layer_id)
             assert layer is not None  # a foreign key
@@ -366,7 +366,7 @@ class Snapshots:
             )
         # The early build, if there is one, is joined by asking for the same again.
         self._candidates.stop(snapshot.id)
-        found = await self._candidates.layer(snapshot, chain, parent_chain, caller)
+        found = await self._candidates.layer(snapshot, chain, caller)
         if found is None:
             raise FailedPrecondition(
                 f"no blob for chain ID {chain} is in containerd's content store; fetch it again:"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,41 @@ def test_every_layer_of_an_image_is_found_by_its_chain_id(store: Store, types: d
     for count in (1, 2, 3):
         expected = Blob(digest_of(f"blob {count}"), 10 * count, types["layer"])
         assert store.candidates(IDS[:count]) == (expected,)
+
+
+def test_a_chain_id_says_which_diff_id_completes_it(store: Store) -> None:
+    store.image(IDS, LAYERS)
+    # Whatever other blobs another image lists for it.
+    store.image([IDS[0], IDS[1]], [layer("1"), layer("evil 2")])
+    store.index.refresh()
+    for count in (1, 2, 3):
+        assert store.index.diff_id(chain_of(IDS[:count])) == IDS[count - 1]
+    assert store.index.diff_id(chain_of(IDS[1:])) is None
+    for path in store.blobs.iterdir():
+        path.unlink()
+    store.index.refresh()
+    assert store.index.diff_id(chain_of(IDS)) is None
+
+
+def test_who_asks_again_and_again_reads_nothing_while_nothing_comes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "_TICK_NS", 50_000_000)
+    scans: list[object] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scandir(path))  # type: ignore[func-returns-value]
+    store.image(IDS, LAYERS)
+    for _ in range(3):
+        store.candidates(IDS)
+    assert len(scans) == 3  # what came within the same tick would have left no trace
+    time.sleep(0.1)
+    store.candidates(IDS)
+    before = len(scans)
+    for _ in range(3):
+        assert len(store.candidates(IDS)) == 1
+    assert len(scans) == before
+    store.image(IDS[:1], [layer("other")])
+    assert len(store.candidates(IDS[:1])) == 2
 
 
 def test_nothing_is_found_for_what_no_image_has(store: Store) -> None:
@@ -367,15 +403,15 @@ async def test_only_blobs_that_are_complete_are_candidates(whole: tuple[Store, C
     data = b"x" * 100
     chain = ChainID(IDS[0])
     store.image(IDS[:1], [{"mediaType": OCI["layer"], "digest": digest_of(data), "size": 100}])
-    assert await there.candidates(chain) == ()
+    assert await there.candidates(chain) == (IDS[0], ())
     path = store.path(digest_of(data))
     for part in (b"", data[:99], data + b"x"):
         path.write_bytes(part)
-        assert await there.candidates(chain) == ()
+        assert await there.candidates(chain) == (IDS[0], ())
     path.write_bytes(data)
-    assert await there.candidates(chain) == (Blob(digest_of(data), 100, OCI["layer"]),)
+    assert await there.candidates(chain) == (IDS[0], (Blob(digest_of(data), 100, OCI["layer"]),))
     path.unlink()
-    assert await there.candidates(chain) == ()
+    assert await there.candidates(chain) == (IDS[0], ())
     await there.close()
 
 
@@ -384,10 +420,10 @@ async def test_a_blob_is_found_again_after_containerd_collected_and_fetched_it(w
     chain = ChainID(IDS[0])
     for _ in range(3):
         store.image(IDS[:1], [{"mediaType": OCI["layer"], "digest": store.put(b"x" * 50), "size": 50}])
-        assert len(await there.candidates(chain)) == 1
+        assert len((await there.candidates(chain))[1]) == 1
         for path in store.blobs.iterdir():
             path.unlink()
-        assert await there.candidates(chain) == ()
+        assert await there.candidates(chain) == (None, ())
     await there.close()
 
 
@@ -396,7 +432,7 @@ async def test_a_forged_size_does_not_hide_the_true_one(whole: tuple[Store, Cont
     digest = store.put(b"x" * 50)
     for size in (49, 50, 51, 10**15, 10**400):
         store.image(IDS[:1], [{"mediaType": OCI["layer"], "digest": digest, "size": size}])
-    assert [blob.size_bytes for blob in await there.candidates(ChainID(IDS[0]))] == [50]
+    assert [blob.size_bytes for blob in (await there.candidates(ChainID(IDS[0])))[1]] == [50]
     await there.close()
 
 

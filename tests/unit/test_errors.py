@@ -96,7 +96,7 @@ def test_every_kind_has_the_code_that_containerd_knows_it_by(kind: type[Snapshot
         (blockdev.CompressionError("x"), errors.InvalidArgument),
         # UNIMPLEMENTED would make containerd unpack the layer unverified.
         (blockdev.UnsupportedError("x"), errors.InvalidArgument),
-        (blockdev.LimitExceeded("x"), errors.ResourceExhausted),
+        (blockdev.LimitExceeded("x"), errors.OverLimit),
         (blockdev.NoSpace("x"), errors.ResourceExhausted),
         (blockdev.BuildFailed("x"), errors.Internal),
         (blockdev.KernelError("x"), errors.Internal),
