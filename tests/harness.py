@@ -293,7 +293,9 @@ class Containerd(Server):
         return text
 
     def start(self) -> None:
-        self._start([self.release.containerd, "--config", self.config])
+        # containerd looks for its shim in PATH first, and would find another version's.
+        path = f"{self.release.containerd.parent}:{os.environ['PATH']}"
+        self._start([self.release.containerd, "--config", self.config], {"PATH": path})
         self.wait_until("answers", self._answers)
 
     def _answers(self) -> bool:
