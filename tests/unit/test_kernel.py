@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockdev.errors import KernelError
-from blockdev.kernel import loop, mounts
+from blockdev.kernel import idmap, loop, mounts
 from blockdev.kernel.mounts import MountEntry, kernel_release, mounted_below, parse_mountinfo
 
 # man 5 proc_pid_mountinfo: none, one and several optional fields
@@ -157,3 +157,29 @@ def test_unmounting_what_is_not_mounted_is_nothing_to_do(tmp_path: Path) -> None
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, file_backed: bool) -> None:
     with pytest.raises(KernelError, match="absent"):
         mounts.mount_erofs(tmp_path / "absent", tmp_path, 512, file_backed=file_backed)
+
+
+@pytest.mark.root
+def test_a_user_namespace_has_the_maps_that_were_asked_for() -> None:
+    with idmap.user_namespace("0 100000 10\n10 300000 5\n", "0 200000 65536\n") as fd:
+        assert os.readlink(f"/proc/self/fd/{fd}").startswith("user:")
+        assert os.stat(f"/proc/self/fd/{fd}").st_ino != os.stat("/proc/self/ns/user").st_ino
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("maps", ["", "0 0 0\n", "0 1 2\n1 5 2\n", "0 1 2\n5 2 3\n", "x\n", "0 4294967295 1\n"])
+def test_maps_that_the_kernel_refuses_are_named(maps: str) -> None:
+    with pytest.raises(KernelError, match="user namespace"):
+        with idmap.user_namespace(maps, maps):
+            pass
+
+
+@pytest.mark.root
+def test_what_cannot_be_mounted_with_mapped_ids_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with idmap.user_namespace("0 100000 10\n", "0 100000 10\n") as fd:
+        for source in (tmp_path / "absent", Path("/proc")):
+            with pytest.raises(KernelError, match=str(source)):
+                idmap.mount_mapped(source, tmp_path, fd)
+    assert mounted_below(tmp_path.parent) == []

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Idmapped mounts (man 2 mount_setattr; Linux: filesystems/idmappings.rst): a mount whose files show other owners."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from blockdev.errors import KernelError
+
+# The numbers of every architecture (Linux: include/uapi/asm-generic/unistd.h).
+_SYS_OPEN_TREE: Final = 428
+_SYS_MOVE_MOUNT: Final = 429
+_SYS_MOUNT_SETATTR: Final = 442
+# Linux: include/uapi/linux/mount.h, fcntl.h
+_OPEN_TREE_CLONE: Final = 0x1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
+_AT_FDCWD: Final = -100
+_AT_EMPTY_PATH: Final = 0x1000
+_MOUNT_ATTR_IDMAP: Final = 0x100000
+# struct mount_attr: u64 attr_set, attr_clr, propagation, userns_fd
+_MOUNT_ATTR: Final = struct.Struct("<QQQQ")
+_CHILD_SECONDS: Final = 30.0
+# unshare(2) of a user namespace is refused to a process that has threads, as the daemon: this one has none. It says
+# so when it is in its own, and holds it until its input ends.
+_CHILD: Final = """
+import ctypes, os, sys
+if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):
+    sys.exit(ctypes.get_errno())
+os.write(1, b"x")
+os.read(0, 1)
+"""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+@contextmanager
+def user_namespace(uid_map: str, gid_map: str) -> Iterator[int]:
+    """A descriptor of a new user namespace with these maps (man 7 user_namespaces: lines INSIDE OUTSIDE LENGTH).
+
+    Raises KernelError, also where the kernel does not take the maps.
+    """
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env={}
+        )
+    except OSError as error:
+        raise KernelError(f"user namespace: no process for it: {error}") from None
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        if not child.stdout.read(1):
+            raise KernelError(f"user namespace: {os.strerror(child.wait(_CHILD_SECONDS))}")
+        try:
+            for name, text in (("uid_map", uid_map), ("gid_map", gid_map)):
+                with open(f"/proc/{child.pid}/{name}", "wb", buffering=0) as file:
+                    file.write(text.encode("ascii"))
+            fd = os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError(f"user namespace with the maps {uid_map!r} and {gid_map!r}: {error}") from None
+    finally:
+        child.stdin.close()
+        child.stdout.close()
+        child.kill()
+        child.wait()
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def mount_mapped(source: Path, target: Path, user_namespace_fd: int) -> None:
+    """What is mounted at `source` once more at `target`, its owners mapped. Raises KernelError."""
+    try:
+        tree = _call(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+        try:
+            attr = _MOUNT_ATTR.pack(_MOUNT_ATTR_IDMAP, 0, 0, user_namespace_fd)
+            _call(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, len(attr))
+            _call(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        unable = error.errno in (errno.EINVAL, errno.ENOSYS)
+        hint = "; this kernel may be too old to map the IDs of such a mount" if unable else ""
+        raise KernelError(f"{source} with mapped IDs at {target}: {error.strerror}{hint}") from None
+
+
+def _call(number: int, *arguments: int | bytes) -> int:
+    """Raises OSError."""
+    wide = [ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments]
+    result = int(_libc.syscall(ctypes.c_long(number), *wide))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
