@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer files that are mounted on the host, at <root>/m/ID.
+"""Layer files that are mounted on the host, at <root>/m/ID; for a container in a user namespace the same mounts once
+more with its IDs, in the directory of its snapshot.
 
 Whether a layer is mounted is read from the kernel, never remembered: a daemon that starts again
 knows its mounts at once. Names are short, for the options of one mount(2) call share a page.
@@ -14,8 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from blockdev.formats.layer_file import format_named
-from blockdev.kernel import mounts
+from blockdev.kernel import idmap, mounts
 from snapshotter.errors import DataLoss
+from snapshotter.idmap import IDMapping
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer, LayerID
 from snapshotter.tasks import to_the_end
@@ -30,9 +32,11 @@ class BrokenLayer(DataLoss):
 
 
 class Activation:
-    def __init__(self, root: Path, store: LayerStore) -> None:
+    def __init__(self, root: Path, store: LayerStore, *, always_loop: bool = False) -> None:
+        """`always_loop`: not even where the kernel can is a layer mounted straight from its file."""
         self._directory = root / "m"
         self._store = store
+        self._file_backed = False if always_loop else None
         # Who mounts asks what is to be mounted, and who releases what is in use, while nobody else does either.
         self._lock = asyncio.Lock()
 
@@ -42,26 +46,50 @@ class Activation:
     def _point(self, layer_id: LayerID) -> Path:
         return self._directory / format(layer_id, "x")
 
-    async def ensure(self, layers: Callable[[], Awaitable[Sequence[Layer]]]) -> list[Path]:
-        """Mount points of the layers, in their order, mounting what is not. Raises KernelError, BrokenLayer, and
-        what `layers` raises: it is asked when no release can come in between."""
+    async def ensure(
+        self,
+        layers: Callable[[], Awaitable[Sequence[Layer]]],
+        mapped: tuple[Path, IDMapping] | None = None,
+    ) -> list[Path]:
+        """Mount points of the layers, in their order, mounting what is not: all of it or, where it raises, nothing.
+
+        `mapped`: those in this directory, with these IDs; whoever removes it unmounts them. Raises KernelError,
+        BrokenLayer, and what `layers` raises: it is asked when no release can come in between.
+        """
         async with self._lock:
             wanted = await layers()
-            return await to_the_end(asyncio.to_thread(self._ensure, wanted))
+            return await to_the_end(asyncio.to_thread(self._ensure, wanted, mapped))
 
-    def _ensure(self, layers: Sequence[Layer]) -> list[Path]:
-        there = self.mounted()
-        for layer in layers:
-            if layer.id not in there:
-                why = self._store.contradiction(layer)
-                if why:
-                    raise BrokenLayer(layer, why)
-                point = self._point(layer.id)
-                point.mkdir(mode=0o700, exist_ok=True)
-                block_bytes = format_named(layer.format).block_bytes
-                mounts.mount_erofs(self._store.path(layer.diff_id, layer.format), point, block_bytes)
-                there.add(layer.id)
-        return [self._point(layer.id) for layer in layers]
+    def _ensure(self, layers: Sequence[Layer], mapped: tuple[Path, IDMapping] | None) -> list[Path]:
+        """Costs a look at each layer of the chain, whatever else is mounted on the host."""
+        points = [self._point(layer.id) for layer in layers]
+        made: list[Path] = []
+        try:
+            for layer, point in zip(layers, points, strict=True):
+                if not mounts.is_mounted(point):
+                    self._mount(layer, point)
+                    made.append(point)
+            if mapped:
+                points = _map(points, *mapped)
+        except BaseException:
+            for point in reversed(made):
+                _unmount_all(point)
+            raise
+        return points
+
+    def _mount(self, layer: Layer, point: Path) -> None:
+        why = self._store.contradiction(layer)
+        if why:
+            raise BrokenLayer(layer, why)
+        point.mkdir(mode=0o700, exist_ok=True)
+        block_bytes = format_named(layer.format).block_bytes
+        try:
+            file = self._store.path(layer.diff_id, layer.format)
+            mounts.mount_erofs(file, point, block_bytes, file_backed=self._file_backed)
+        except BaseException:
+            with suppress(OSError):
+                point.rmdir()
+            raise
 
     async def release_unused(self, in_use: Callable[[], Awaitable[set[LayerID]]]) -> None:
         """Unmount what no container needs. Raises KernelError, and what `in_use` raises."""
@@ -70,25 +98,41 @@ class Activation:
             await to_the_end(asyncio.to_thread(self._release, needed))
 
     def _release(self, needed: set[LayerID]) -> None:
-        for layer_id in self._entries():
-            if layer_id not in needed:
-                # An overlay above holds its own clone of the mount. Who else looks in keeps it until he goes.
-                mounts.unmount(self._point(layer_id), lazily=True)
         with os.scandir(self._directory) as entries:
             names = [entry.name for entry in entries]
         for name in names:
-            if not _is_id(name) or LayerID(int(name, 16)) not in needed:
+            if not _is_id(name):
                 with suppress(OSError):
                     (self._directory / name).rmdir()
+            elif LayerID(int(name, 16)) not in needed:
+                _unmount_all(self._directory / name)
 
     def mounted(self) -> set[LayerID]:
-        """Raises KernelError."""
-        return set(self._entries())
-
-    def _entries(self) -> list[LayerID]:
-        """One for each mount: two on one point would be two."""
+        """From mountinfo, as a new daemon learns of the mounts of the one before it. Raises KernelError."""
         names = [Path(entry.mount_point).name for entry in mounts.mounted_below(self._directory)]
-        return [LayerID(int(name, 16)) for name in names if _is_id(name)]
+        return {LayerID(int(name, 16)) for name in names if _is_id(name)}
+
+
+def _map(points: Sequence[Path], directory: Path, mapping: IDMapping) -> list[Path]:
+    """The same mounts with these IDs. What fails between two of them the remover of the directory unmounts."""
+    targets = [directory / point.name for point in points]
+    missing = {target: point for target, point in zip(targets, points, strict=True) if not mounts.is_mounted(target)}
+    if missing:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        with idmap.user_namespace(*mapping.maps) as user_namespace_fd:
+            for target, point in missing.items():
+                target.mkdir(mode=0o700, exist_ok=True)
+                idmap.mount_mapped(point, target, user_namespace_fd)
+    return targets
+
+
+def _unmount_all(point: Path) -> None:
+    """Whatever is mounted there, and the directory. Raises KernelError."""
+    # An overlay above holds its own clone of the mount. Who else looks in keeps it until he goes.
+    while mounts.unmount(point, lazily=True):
+        pass
+    with suppress(OSError):
+        point.rmdir()
 
 
 def _is_id(name: str) -> bool:

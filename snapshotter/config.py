@@ -72,6 +72,10 @@ class Cache(_Table, frozen=True):
     max_size: str = "20GiB"
 
 
+class Host(_Table, frozen=True):
+    mount_through: Literal["auto", "loop"] = "auto"
+
+
 class Metrics(_Table, frozen=True):
     address: str = "127.0.0.1:9476"
 
@@ -83,6 +87,12 @@ class Log(_Table, frozen=True):
 class SnapshotterName(_Table, frozen=True):
     contract: str
     format: str
+    max_layers: _Count = 0  # until a contract fills in its own
+    remap_ids: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.max_layers and self.contract in CONTRACTS:
+            msgspec.structs.force_setattr(self, "max_layers", CONTRACTS[self.contract].MAX_LAYERS)
 
 
 class Config(_Table, frozen=True):
@@ -91,6 +101,7 @@ class Config(_Table, frozen=True):
     containerd: Containerd = Containerd()
     builds: Builds = Builds()
     cache: Cache = Cache()
+    host: Host = Host()
     metrics: Metrics = Metrics()
     log: Log = Log()
     snapshotters: dict[str, SnapshotterName] = msgspec.field(
@@ -133,8 +144,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} must be an absolute path")
         if len(path.encode()) > most:
             raise ConfigError(f"{key} is over the {most} bytes that its path may have, for a unix socket")
-    if any(char in config.root for char in ",:"):
-        raise ConfigError("root must hold no comma and no colon: overlay's mount options cannot name such a path")
+    if any(char in config.root for char in ",:\\"):
+        raise ConfigError(
+            "root must hold no comma, colon or backslash: overlay's mount options cannot name such a path"
+        )
     if not config.snapshotters or "" in config.snapshotters:
         raise ConfigError("no [snapshotters.NAME], or one without a name: nothing to serve")
     for key, size in (
@@ -160,6 +173,11 @@ def _check(config: Config) -> None:
             )
         if chosen.format not in CONTRACTS[chosen.contract].FORMATS:
             raise ConfigError(f"snapshotters.{name}: contract {chosen.contract} cannot use format {chosen.format}")
+        most = CONTRACTS[chosen.contract].MAX_LAYERS
+        if chosen.max_layers > most:
+            raise ConfigError(f"snapshotters.{name}.max_layers: {most} are the most for contract {chosen.contract}")
+        if chosen.remap_ids and not CONTRACTS[chosen.contract].REMAPS_IDS:
+            raise ConfigError(f"snapshotters.{name}.remap_ids: contract {chosen.contract} cannot map IDs")
 
 
 def _explain(message: str, data: dict[str, Any]) -> str:

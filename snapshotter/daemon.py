@@ -110,7 +110,7 @@ async def run(settings: Config) -> None:
         store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
         directories = Directories(root)
         at_end.callback(directories.close)
-        activation = Activation(root, store)
+        activation = Activation(root, store, always_loop=settings.host.mount_through == "loop")
         for part in (store, directories, activation):
             part.prepare()
         actions = reconcile.plan(await inventory.take(metastore, store, directories, activation))
@@ -128,7 +128,10 @@ async def run(settings: Config) -> None:
             per_namespace=settings.builds.sharing == "namespace",
         )
         at_end.push_async_callback(builder.close)
-        names = {name: Named(chosen.contract, chosen.format) for name, chosen in settings.snapshotters.items()}
+        names = {
+            name: Named(chosen.contract, chosen.format, chosen.max_layers, chosen.remap_ids)
+            for name, chosen in settings.snapshotters.items()
+        }
         snapshots = Snapshots(
             names, metastore, store, directories, builder, content, activation,
             cache_bytes=config.parse_size(settings.cache.max_size),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directories of active snapshots: <root>/snapshots/ID/{fs,work}.
+"""The directories of active snapshots: <root>/snapshots/ID/{fs,work}, and l where a container needs mounts of its own.
 
 What lies in them a container chose, or an image that an unpacker wrote there: any depth, any names,
 mounts. Nothing here recurses, follows a symlink, or builds a path out of theirs.
@@ -58,6 +58,10 @@ class Directories:
     def work(self, snapshot_id: SnapshotID) -> Path:
         return self.path(snapshot_id) / "work"
 
+    def lowers(self, snapshot_id: SnapshotID) -> Path:
+        """Where the layers are mounted once more for this snapshot alone."""
+        return self.path(snapshot_id) / "l"
+
     def owner(self, filled: str) -> SnapshotID | None:
         """The snapshot whose `filled` this path is, if it is one of ours."""
         path = Path(os.path.normpath(filled))
@@ -74,6 +78,10 @@ class Directories:
         self.filled(snapshot_id).mkdir(exist_ok=True)
         self.filled(snapshot_id).chmod(0o755)  # whatever the umask: a container sees it as its root's mode
         self.work(snapshot_id).mkdir(mode=0o711, exist_ok=True)
+
+    def own(self, snapshot_id: SnapshotID, user: int, group: int) -> None:
+        """Give `filled` itself, which a container sees as its root directory, to its root. Raises OSError."""
+        os.chown(self.filled(snapshot_id), user, group, follow_symlinks=False)
 
     def names(self) -> tuple[frozenset[str], frozenset[str]]:
         """(all that is there, what of it is whole)."""

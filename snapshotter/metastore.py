@@ -29,6 +29,7 @@ from snapshotter.errors import (
     ResourceExhausted,
     SnapshotterError,
 )
+from snapshotter.idmap import UID_LABEL
 from snapshotter.names import ChainID
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
@@ -147,8 +148,8 @@ class Snapshot:
 
     @property
     def has_directory(self) -> bool:
-        """Whether it has bytes of its own; a committed snapshot and a view of layers have none."""
-        return self.kind is Kind.ACTIVE or (self.kind is Kind.VIEW and not self.parent_id)
+        """Whether it has bytes or mounts of its own; a committed snapshot and most views of layers have none."""
+        return self.kind is Kind.ACTIVE or (self.kind is Kind.VIEW and (not self.parent_id or UID_LABEL in self.labels))
 
 
 _LAYER: Final = (

@@ -19,6 +19,7 @@ from snapshotter.builder import Builder
 from snapshotter.candidates import Candidates
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.contracts import CONTRACTS, Mount
+from snapshotter.contracts.limit import check_layers
 from snapshotter.contracts.mount import directories_of, extraction_mounts
 from snapshotter.directories import Directories, Use
 from snapshotter.errors import (
@@ -30,6 +31,7 @@ from snapshotter.errors import (
     Unimplemented,
 )
 from snapshotter.filters import Subject, compile_filters
+from snapshotter.idmap import GID_LABEL, UID_LABEL, IDMapping, keeping, mapping_of
 from snapshotter.layerstore import LayerStore
 from snapshotter.log import get_logger
 from snapshotter.metastore import Kind, Layer, LayerState, Metastore, Snapshot, SnapshotID
@@ -44,6 +46,8 @@ class Named:
 
     contract: str
     format: str
+    max_layers: int
+    remap_ids: bool
 
 
 class Snapshots:
@@ -85,7 +89,7 @@ class Snapshots:
     async def prepare(
         self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str], caller: Caller
     ) -> list[Mount]:
-        """Raises AlreadyExists, NotFound (parent), InvalidArgument."""
+        """Raises AlreadyExists, NotFound (parent), InvalidArgument, FailedPrecondition (too many layers)."""
         extraction = is_extraction(key)
         snapshot, mounts = await self._create(snapshotter, key, parent, Kind.ACTIVE, labels, extraction=extraction)
         if extraction:
@@ -93,7 +97,7 @@ class Snapshots:
         return mounts
 
     async def view(self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
-        """Raises AlreadyExists, NotFound (parent), InvalidArgument."""
+        """Raises AlreadyExists, NotFound (parent), InvalidArgument, FailedPrecondition (too many layers)."""
         _, mounts = await self._create(snapshotter, key, parent, Kind.VIEW, labels, extraction=False)
         return mounts
 
@@ -141,9 +145,7 @@ class Snapshots:
         await self._metastore.commit(snapshot, name, labels, layer.id, chain, parent.id if parent else None)
         trace("commit.committed")
         self._candidates.forget(snapshot.id)
-        self._background.later("directory of a committed snapshot", self._directories.remove(str(snapshot.id)))
-        if not snapshot.extraction:
-            self._background.later("unused mounts", self._release())
+        self._background.later("what a committed snapshot leaves", self._leave(snapshot))
 
     async def remove(self, snapshotter: str, key: str) -> None:
         """Raises NotFound, FailedPrecondition (has children)."""
@@ -156,13 +158,14 @@ class Snapshots:
         self._candidates.forget(snapshot.id)
         if snapshot.kind is Kind.COMMITTED:
             return
-        self._background.later("directory of a removed snapshot", self._directories.remove(str(snapshot.id)))
         if not snapshot.extraction:
             try:
                 await self._release()
             except Exception as error:
                 # The snapshot is gone; the mount goes with the next removal or start.
                 self._log.error("a layer stays mounted", key=key, error=f"{type(error).__name__}: {error}")
+        # After the release, which has waited for any call that was still mounting something in it.
+        self._background.later("directory of a removed snapshot", self._directories.remove(str(snapshot.id)))
 
     async def stat(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound."""
@@ -187,7 +190,9 @@ class Snapshots:
                 old[label] = labels.get(label, "")
             return old
 
-        return await self._metastore.update_labels(self._known(snapshotter), name, change)
+        if self._names[self._known(snapshotter)].remap_ids:
+            return await self._metastore.update_labels(snapshotter, name, keeping(change))
+        return await self._metastore.update_labels(snapshotter, name, change)
 
     async def walk(self, snapshotter: str, filters: Iterable[str]) -> AsyncGenerator[Snapshot, None]:
         """All namespaces', as they are at one moment. Raises InvalidArgument (a filter)."""
@@ -274,6 +279,14 @@ class Snapshots:
         if chain is not None and not self._applies:
             self._candidates.build_early(snapshot, chain, caller)
 
+    async def _leave(self, snapshot: Snapshot) -> None:
+        """Mounts and directory of one that is active no more: in this order, for a call may still be mounting."""
+        try:
+            if not snapshot.extraction:
+                await self._release()
+        finally:
+            await self._directories.remove(str(snapshot.id))
+
     async def _release(self) -> None:
         await self._activation.release_unused(self._metastore.layers_in_use)
 
@@ -282,8 +295,11 @@ class Snapshots:
     ) -> tuple[Snapshot, list[Mount]]:
         if not key:
             raise InvalidArgument("a snapshot needs a key")
+        named = self._names[self._known(snapshotter)]
+        if not extraction and self._mapping(named, labels) is None and {UID_LABEL, GID_LABEL} & labels.keys():
+            self._log.warning("ID mapping ignored: remap_ids is off", snapshotter=snapshotter, key=key)
         creating = asyncio.create_task(
-            self._metastore.create(self._known(snapshotter), key, parent, kind, labels, extraction=extraction)
+            self._metastore.create(snapshotter, key, parent, kind, labels, extraction=extraction)
         )
         try:
             snapshot = await asyncio.shield(creating)
@@ -294,7 +310,7 @@ class Snapshots:
         try:
             if snapshot.has_directory:
                 await to_the_end(asyncio.to_thread(self._directories.make, snapshot.id))
-            return snapshot, await self._mounts(snapshot)
+            return snapshot, await self._mounts(snapshot, new=True)
         except BaseException:
             await to_the_end(self._undo(snapshot))
             raise
@@ -308,29 +324,44 @@ class Snapshots:
         """Of one that was not answered for. What fails here is for the next start."""
         try:
             await self._metastore.discard(snapshot.id)
-            await self._directories.remove(str(snapshot.id))
-            await self._release()
+            await self._leave(snapshot)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             self._log.error("a failed prepare left something", key=snapshot.name, error=what)
 
-    async def _mounts(self, snapshot: Snapshot) -> list[Mount]:
+    @staticmethod
+    def _mapping(named: Named, labels: Mapping[str, str]) -> IDMapping | None:
+        """Of a container; an extraction has none, whatever its labels say. Raises InvalidArgument."""
+        # Ignored by containerd's own overlayfs too, where that cannot map.
+        return mapping_of(labels) if named.remap_ids else None
+
+    async def _mounts(self, snapshot: Snapshot, *, new: bool = False) -> list[Mount]:
+        """`new`: nobody was answered for it yet; only then is it held against the limits of its name, and its root
+        directory is nobody's."""
         filled, work = self._directories.filled(snapshot.id), self._directories.work(snapshot.id)
         if snapshot.extraction:
             return extraction_mounts(filled)
-        contract = CONTRACTS[self._names[snapshot.snapshotter].contract]
+        named = self._names[snapshot.snapshotter]
+        contract = CONTRACTS[named.contract]
+        mapping = self._mapping(named, snapshot.labels)
 
         async def layers() -> list[Layer]:
             """Raises NotFound where a removal came first: what is mounted for nobody, nobody would release."""
             if await self._metastore.by_id(snapshot.id) is None:
                 raise NotFound(f"snapshot {snapshot.name!r} was removed")
-            return await self._metastore.chain(snapshot.parent_id)
+            found = await self._metastore.chain(snapshot.parent_id)
+            if new:
+                check_layers(found, named.max_layers, snapshot.snapshotter, snapshot.parent)
+            return found
 
         try:
-            lowers = await self._activation.ensure(layers) if contract.ACTIVATES and snapshot.parent_id else []
+            mapped = (self._directories.lowers(snapshot.id), mapping) if mapping else None
+            lowers = await self._activation.ensure(layers, mapped) if contract.ACTIVATES and snapshot.parent_id else []
         except BrokenLayer as error:
             await self._metastore.mark_broken([error.layer.id])
             raise
+        if new and mapping:
+            await to_the_end(asyncio.to_thread(self._directories.own, snapshot.id, *mapping.root))
         if snapshot.kind is Kind.VIEW:
             return contract.container_mounts(lowers or [filled], None, None)
         return contract.container_mounts(lowers, filled, work)

@@ -60,6 +60,19 @@ def mounted_below(directory: Path) -> list[MountEntry]:
     return [entry for entry in parse_mountinfo(text) if entry.mount_point.startswith(prefix)]
 
 
+def is_mounted(point: Path) -> bool:
+    """Whether another file system than that of its parent shows at `point`; a directory that is not there has none.
+
+    Two stat(2), however many mounts there are: mountinfo is as long as all of them. Raises KernelError.
+    """
+    try:
+        return os.lstat(point).st_dev != os.lstat(point.parent).st_dev
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise KernelError(f"cannot look at {point}: {error}") from None
+
+
 def kernel_release(text: str) -> tuple[int, int, int]:
     """The first three numbers of a release string; missing ones are 0."""
     match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
@@ -111,10 +124,12 @@ def _mount_error(source: str, target: Path, number: int) -> KernelError:
     return KernelError(f"mount of {source} at {target} as EROFS: {os.strerror(number)}")
 
 
-def unmount(target: Path, *, lazily: bool = False) -> None:
-    """Take the topmost mount at `target` away; nothing to do where there is none. Raises KernelError."""
+def unmount(target: Path, *, lazily: bool = False) -> bool:
+    """Take the topmost mount at `target` away; False where there is none. Raises KernelError."""
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)
     if _libc.umount2(os.fsencode(target), flags):
         number = ctypes.get_errno()
         if number not in (errno.EINVAL, errno.ENOENT):
             raise KernelError(f"umount of {target}: {os.strerror(number)}")
+        return False
+    return True

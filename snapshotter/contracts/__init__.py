@@ -22,6 +22,14 @@ class Contract(Protocol):
     def ACTIVATES(self) -> bool:
         """Whether the daemon mounts the layers on the host first."""
 
+    @property
+    def MAX_LAYERS(self) -> int:
+        """Layers, equal ones counted once, that a runtime of this kind takes at the most; a name's default."""
+
+    @property
+    def REMAPS_IDS(self) -> bool:
+        """Whether the layers can be shown under the IDs of a user namespace: those that the daemon mounts."""
+
     def container_mounts(self, lowers: Sequence[Path], upper: Path | None, work: Path | None) -> list[Mount]:
         """For a container. `lowers`: topmost layer first; without `upper` the snapshot is a view."""
 

@@ -11,6 +11,11 @@ from snapshotter.contracts.mount import Mount
 
 FORMATS: Final = frozenset({"tar-index"})
 ACTIVATES: Final = True
+# Overlay takes 500 lower directories (Linux: fs/overlayfs/params.h, OVL_MAX_STACK), and one of them is the upper
+# directory when containerd looks in read-only, for the users of an image. The options of a mount(2) share a page:
+# containerd then names directories relative to the one that they all share, here in 9 bytes each up to layer 16777215.
+MAX_LAYERS: Final = 400
+REMAPS_IDS: Final = True
 
 
 def container_mounts(lowers: Sequence[Path], upper: Path | None, work: Path | None) -> list[Mount]:

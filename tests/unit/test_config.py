@@ -72,8 +72,8 @@ def test_every_key_can_be_set() -> None:
         '[containerd]\naddress = "/c.sock"\ncontent = "/c"\n'
         '[builds]\nworkers = 5\nsharing = "namespace"\ntimeout = 7\nmax_layer_size = "1GiB"\nmax_entries = 10\n'
         'max_path_length = 100\nmax_xattr_size = "1KiB"\nmax_expansion_ratio = 50\nfree_space_reserve = "0"\n'
-        '[cache]\nmax_size = "0"\n[metrics]\naddress = ""\n[log]\nlevel = "debug"\n'
-        '[snapshotters.one]\ncontract = "host"\nformat = "tar-index"\n'
+        '[cache]\nmax_size = "0"\n[host]\nmount_through = "loop"\n[metrics]\naddress = ""\n[log]\nlevel = "debug"\n'
+        '[snapshotters.one]\ncontract = "host"\nformat = "tar-index"\nmax_layers = 59\nremap_ids = true\n'
         '[snapshotters."two and / more"]\ncontract = "host"\nformat = "tar-index"\n'
     )
     assert (chosen.root, chosen.address) == ("/r", "/a.sock")
@@ -82,6 +82,10 @@ def test_every_key_can_be_set() -> None:
     assert (chosen.cache.max_size, chosen.metrics.address, chosen.log.level) == ("0", "", "debug")
     # A table of one's own replaces the default's name.
     assert list(chosen.snapshotters) == ["one", "two and / more"]
+    assert chosen.host.mount_through == "loop"
+    one, two = chosen.snapshotters.values()
+    assert (one.max_layers, one.remap_ids) == (59, True)
+    assert (two.max_layers, two.remap_ids) == (CONTRACTS["host"].MAX_LAYERS, False)
     limits = chosen.builds.limits()
     assert (limits.tar_bytes, limits.entries, limits.path_bytes) == (1 << 30, 10, 100)
     assert (limits.xattr_bytes, limits.expansion_ratio) == (1024, 50)
@@ -138,6 +142,9 @@ def test_an_unknown_key_like_no_other_gets_no_suggestion(text: str) -> None:
         ("[cache]\nmax_size = 0", "cache.max_size"),
         ("[metrics]\naddress = 9476", "metrics.address"),
         ('[log]\nlevel = "loud"', "log.level"),
+        ('[host]\nmount_through = "file"', "host.mount_through"),
+        (HOST + "max_layers = 0", "snapshotters.mine"),
+        (HOST + "remap_ids = 1", "snapshotters.mine"),
         ("root = 2026-01-01", "root"),
         ("snapshotters = 1", "snapshotters"),
         ("[snapshotters]\nmine = 1", "snapshotters"),
@@ -146,6 +153,14 @@ def test_an_unknown_key_like_no_other_gets_no_suggestion(text: str) -> None:
 )
 def test_a_wrong_type_is_refused_and_its_key_named(text: str, key: str) -> None:
     assert f"`{key}" in refused(text) or f".{key}`" in refused(text)
+
+
+def test_a_name_cannot_take_more_layers_than_its_contract() -> None:
+    most = CONTRACTS["host"].MAX_LAYERS
+    assert parse(HOST + f"max_layers = {most}").snapshotters["mine"].max_layers == most
+    message = refused(HOST + f"max_layers = {most + 1}")
+    assert "snapshotters.mine.max_layers" in message
+    assert str(most) in message
 
 
 @pytest.mark.parametrize("missing", ["contract", "format"])
@@ -197,6 +212,7 @@ def test_a_format_that_this_version_lacks_is_named(layer_format: str) -> None:
         ('root = "/a\\u0000b"', "root"),
         ('root = "/a,b"', "root"),
         ('root = "/a:b"', "root"),
+        ('root = "/a\\\\b"', "root"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_and_named(text: str, named: str) -> None:

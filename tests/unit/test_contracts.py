@@ -1,17 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from blockdev.formats.layer_file import FORMATS
 from snapshotter.config import Config
 from snapshotter.contracts import CONTRACTS, Mount, host
+from snapshotter.contracts.limit import check_layers
 from snapshotter.contracts.mount import directories_of, extraction_mounts
+from snapshotter.errors import FailedPrecondition
 
 UPPER, WORK = Path("/r/snapshots/7/fs"), Path("/r/snapshots/7/work")
 PAGE_BYTES = 4096
+OVERLAY_LOWERS = 500  # Linux: fs/overlayfs/params.h, OVL_MAX_STACK
+# What containerd appends to the options under SELinux; and the same after a client split it at its comma.
+CONTEXTS = (
+    ('context="system_u:object_r:container_file_t:s0:c1,c2"',),
+    ('context="system_u:object_r:container_file_t:s0:c1', 'c2"'),
+    ("context=system_u:object_r:container_file_t:s0",),
+    ('context="upperdir=/x,lowerdir=/y:/z"',),
+)
 
 
 def lowers(*names: str) -> list[Path]:
@@ -58,14 +70,48 @@ def test_equal_layers_of_one_chain_are_named_once() -> None:
     assert host.container_mounts(lowers("a", "a"), None, None) == [Mount("bind", "/r/m/a", ("rbind", "ro"))]
 
 
-@pytest.mark.parametrize("first", [1, 0x100, 0xFFF00])
-def test_sixty_layers_fit_the_page_of_mount_options(first: int) -> None:
-    root = Path(Config().root)
-    assert str(root) == "/var/lib/containerd/io.containerd.snapshotter.v1.tardev"
-    directory = root / "snapshots" / "100000"
-    stack = [root / "m" / format(first + i, "x") for i in range(60)]
+def as_containerd_mounts(options: list[str], *, read_only: bool) -> str:
+    """The data of mount(2). containerd 1.6 to 2.x, mount package: options of 3,584 bytes and more have the lower
+    directories relative to the directory of their longest common prefix; to look into a rootfs without changing it,
+    the upper directory becomes the topmost lower one."""
+    values = dict(option.partition("=")[::2] for option in options)
+    lower = values["lowerdir"].split(":")
+    if read_only:
+        lower = [values["upperdir"], *lower]
+        options = [option for option in options if not option.startswith(("upperdir=", "workdir="))]
+    options = [option for option in options if not option.startswith("lowerdir=")]
+    whole = [*options, "lowerdir=" + ":".join(lower)]
+    if sum(map(len, whole)) >= PAGE_BYTES - 512:
+        shared = os.path.dirname(os.path.commonprefix(lower)) + "/"  # noqa: RUF071, it goes by characters
+        whole = [*options, "lowerdir=" + ":".join(name.removeprefix(shared) for name in lower)]
+    return ",".join(whole)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("root", [Config().root, "/" + "r" * 96], ids=["default", "longest"])
+def test_as_many_layers_as_the_contract_takes_fit_the_page_of_mount_options(root: str, mapped: bool) -> None:
+    """Whatever their numbers, and with the label that containerd adds under SELinux."""
+    Config(root=root)
+    directory = Path(root, "snapshots", "1000000000")
+    below = directory / "l" if mapped else Path(root, "m")
+    stack = [below / format(0xFFFFFF - number, "x") for number in range(host.MAX_LAYERS)]
     (mount,) = host.container_mounts(stack, directory / "fs", directory / "work")
-    assert len(",".join(mount.options)) < PAGE_BYTES
+    options = [*mount.options, 'context="' + "c" * 200 + '"']
+    for read_only in (False, True):
+        data = as_containerd_mounts(options, read_only=read_only)
+        assert data.count(":") + 1 >= host.MAX_LAYERS
+        assert len(data) < PAGE_BYTES
+    # One directory of the kernel's limit is the upper one when it is looked at read-only.
+    assert host.MAX_LAYERS + 1 <= OVERLAY_LOWERS
+
+
+def test_layers_beyond_the_limit_are_refused_with_the_limit_and_the_key() -> None:
+    layers = [SimpleNamespace(id=number) for number in (1, 2, 3, 2, 1)]
+    check_layers(layers, 3, "mine", "top")  # type: ignore[arg-type]
+    with pytest.raises(FailedPrecondition) as caught:
+        check_layers(layers, 2, "mine", "top")  # type: ignore[arg-type]
+    for part in ("'top'", " 3 layers", " 2:", "max_layers", "[snapshotters.mine]"):
+        assert part in str(caught.value)
 
 
 def test_an_extraction_may_write_and_run_nothing() -> None:
@@ -102,6 +148,20 @@ def test_our_own_answers_are_recognised() -> None:
     assert directories_of(extraction_mounts(UPPER)) == [str(UPPER)]
     assert directories_of(host.container_mounts(lowers("a"), UPPER, WORK)) == [str(UPPER)]
     assert directories_of(host.container_mounts([], UPPER, WORK)) == [str(UPPER)]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("answer", ["extraction", "container", "view", "no layers"])
+def test_options_that_containerd_appends_under_selinux_change_nothing(context: tuple[str, ...], answer: str) -> None:
+    (mount,) = {
+        "extraction": extraction_mounts(UPPER),
+        "container": host.container_mounts(lowers("b", "a"), UPPER, WORK),
+        "view": host.container_mounts(lowers("b", "a"), None, None),
+        "no layers": host.container_mounts([], UPPER, WORK),
+    }[answer]
+    for options in ((*mount.options, *context), (*context, *mount.options)):
+        labelled = Mount(mount.type, mount.source, options)
+        assert directories_of([labelled]) == directories_of([mount]) == ([] if answer == "view" else [str(UPPER)])
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
