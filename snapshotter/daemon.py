@@ -140,7 +140,8 @@ async def run(settings: Config) -> None:
         await snapshots.resume()
 
         inner = root / "grpc.sock"
-        server = grpc.aio.server(interceptors=[Interceptor(settings.builds.timeout)])
+        calls = Interceptor(settings.builds.timeout)
+        server = grpc.aio.server(interceptors=[calls])
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)  # type: ignore[no-untyped-call]
         diff_pb2_grpc.add_DiffServicer_to_server(DiffService(snapshots), server)  # type: ignore[no-untyped-call]
         healthy = health.aio.HealthServicer()
@@ -151,6 +152,7 @@ async def run(settings: Config) -> None:
         await server.start()
         public = listener.Listener(bound.socket, inner)
         at_end.push_async_callback(public.close)
+        at_end.push_async_callback(calls.drain)
         at_end.push_async_callback(server.stop, _GRACE_SECONDS)
         for service in _SERVICES:
             await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around every call: a deadline of its own (containerd sets none), one log line, metrics, the error's status."""
+"""Around every call: a deadline of its own (containerd sets none), one log line, metrics, the error's status.
+
+A call is answered at its deadline whatever it is in. A step that cancelling must not cut in two
+(`tasks.to_the_end`), a mount(2) that hangs for one, then goes on alone, with the locks it holds; the
+call undoes or forgets it once that is over.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -24,6 +29,7 @@ _BUILDING_SLACK_SECONDS: Final = 60.0
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, build_seconds: float) -> None:
         self._build_seconds = build_seconds
+        self._left: set[asyncio.Task[Any]] = set()
         self._log = get_logger()
 
     async def intercept_service(
@@ -44,12 +50,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _bound(self, method: str) -> float:
         return self._build_seconds + _BUILDING_SLACK_SECONDS if method in _BUILDING else _SECONDS
 
-    def _unary(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
+    def _unary(
+        self, method: str, behaviour: Callable[[Any, Any], Coroutine[Any, Any, Any]]
+    ) -> Callable[[Any, Any], Any]:
         async def call(request: Any, context: Any) -> Any:
             with _Call(self._log, method, request) as done:
                 try:
-                    async with asyncio.timeout(self._bound(method)):
-                        return await behaviour(request, context)
+                    return await self._within(self._bound(method), behaviour(request, context))
                 except asyncio.CancelledError as error:
                     failure = _of_another(error)
                     done.failed(failure)
@@ -63,14 +70,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _streaming(
         self, method: str, behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]]
     ) -> Callable[[Any, Any], Any]:
-        async def call(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        # A coroutine that writes, where a generator would not be told that its time is up while its reader rests.
+        async def call(request: Any, context: Any) -> None:
             with _Call(self._log, method, request) as done:
                 try:
-                    async with asyncio.timeout(self._bound(method)):
-                        # Closed here and now, also where the caller has stopped reading in the middle.
-                        async with aclosing(behaviour(request, context)) as messages:
-                            async for message in messages:
-                                yield message
+                    async with asyncio.timeout(self._bound(method)), aclosing(behaviour(request, context)) as messages:
+                        async for message in messages:
+                            await context.write(message)
                         return
                 except asyncio.CancelledError as error:
                     failure = _of_another(error)
@@ -81,6 +87,30 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             await context.abort(failure.code, one_line(str(failure)))
 
         return call
+
+    async def _within(self, seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
+        """Raises TimeoutError, and what the work raises. It may outlive this."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait([task], timeout=seconds)
+            if task.done():
+                return task.result()
+            raise TimeoutError
+        finally:
+            if not task.done():
+                task.cancel()
+                self._left.add(task)
+                task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._left.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody is left to be told
+
+    async def drain(self) -> None:
+        """Wait for what has outlived its call, but no longer than for a call."""
+        if self._left:
+            await asyncio.wait(self._left, timeout=_SECONDS)
 
     def _failure(self, error: Exception, method: str) -> SnapshotterError:
         if isinstance(error, TimeoutError):

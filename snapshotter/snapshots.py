@@ -158,14 +158,8 @@ class Snapshots:
         self._candidates.forget(snapshot.id)
         if snapshot.kind is Kind.COMMITTED:
             return
-        if not snapshot.extraction:
-            try:
-                await self._release()
-            except Exception as error:
-                # The snapshot is gone; the mount goes with the next removal or start.
-                self._log.error("a layer stays mounted", key=key, error=f"{type(error).__name__}: {error}")
-        # After the release, which has waited for any call that was still mounting something in it.
-        self._background.later("directory of a removed snapshot", self._directories.remove(str(snapshot.id)))
+        # Behind the reply: it waits for whoever mounts, and what is left goes with the next removal or start.
+        self._background.later("what a removed snapshot leaves", self._leave(snapshot))
 
     async def stat(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from snapshotter.log import get_logger
 
@@ -28,6 +28,9 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
     return task.result()
 
 
+_DRAIN_SECONDS: Final = 60.0
+
+
 class Background:
     """Not part of a reply: what does not get done here, the next start does."""
 
@@ -47,6 +50,10 @@ class Background:
         task.add_done_callback(self._tasks.discard)
 
     async def drain(self) -> None:
-        """What is under way may start more."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        """What is under way may start more. An unmount that hangs is not waited for."""
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        except TimeoutError:
+            self._log.error("left for the next start", tasks=len(self._tasks))
