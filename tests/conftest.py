@@ -32,23 +32,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = os.geteuid() == 0
     missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
     releases = set(harness.releases())
-    unpacker = harness.UNPACK.exists()
-    if os.environ.get("TARDEV_SET_UP") and (missing or releases != {"system", "later"} or not unpacker):
+    built = all(path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE))
+    if os.environ.get("TARDEV_SET_UP") and (missing or releases != harness.RELEASES or not built):
         # ./dev has set all of this up: what is not here now is a fault of it, not of the machine.
         raise pytest.UsageError(
-            f"not there after the set-up: {missing}, containerd: {releases or 'none'}, its unpacker: {unpacker}"
+            f"not there after the set-up: {missing}, containerd: {releases or 'none'}, the Go programs: {built}"
         )
     for item in items:
-        if item.get_closest_marker("unpacker") and not unpacker:
-            item.add_marker(pytest.mark.skip(reason="containerd's unpacker is not built; ./dev setup does"))
+        if item.get_closest_marker("unpacker") and not built:
+            item.add_marker(pytest.mark.skip(reason="the programs of tests/build-go are not there; ./dev setup does"))
         if item.get_closest_marker("root") and not root:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("erofs") and not _knows_erofs():
             item.add_marker(pytest.mark.skip(reason="this kernel has no EROFS (modprobe erofs)"))
         if item.get_closest_marker("tool") and missing:
             item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}; ./dev setup does"))
-        if item.get_closest_marker("containerd") and releases != {"system", "later"}:
-            item.add_marker(pytest.mark.skip(reason="no containerd, or none of a later suite; ./dev setup does"))
+        if item.get_closest_marker("containerd") and releases != harness.RELEASES:
+            item.add_marker(pytest.mark.skip(reason="not every containerd is there; ./dev setup fetches them"))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -36,7 +36,11 @@ CACHE = CHECKOUT / ".cache"
 BIN = Path(sys.executable).parent
 SNAPSHOTTER = "tardev-host"
 EROFS_UTILS = CACHE / "forky-erofs" / "root"
-UNPACK = CACHE / "unpack" / "unpack"  # containerd's unpacker: tests/differential/unpack
+# The Go programs of tests/build-go.
+UNPACK = CACHE / "go" / "unpack"  # containerd's unpacker: tests/differential/unpack
+# containerd's snapshotter suite, by its version, and a server that passes it: tests/conformance
+CONFORMANCE = {version: CACHE / "go" / f"conformance-{version}" for version in ("1.6", "1.7")}
+CONFORMANCE_REFERENCE = CACHE / "go" / "conformance-reference"
 # After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
 RETRY_SECONDS = 10.0
 _PROGRAMS = (b"containerd-shim", b"docker-registry", b"tardev-snapshotter", b"blockdev.workers")
@@ -238,15 +242,19 @@ class Release:
 
 
 def releases() -> dict[str, Release]:
-    """ "system": Debian's own, 1.6 or 1.7; "later": 2.1 or later, of a later suite."""
-    later = CACHE / "forky" / "root" / "usr" / "bin"
+    """ "system": Debian's own, 1.6 or 1.7; "1.6", "1.7" and "later" (2.1 or later): of Debian suites, by name."""
     found = {}
     system = shutil.which("containerd")
     if system:
         found["system"] = Release("system", Path(system), Path(shutil.which("ctr") or "ctr"))
-    if (later / "containerd").exists():
-        found["later"] = Release("later", later / "containerd", later / "ctr")
+    for label, suite in (("1.6", "bookworm"), ("1.7", "trixie"), ("later", "forky")):
+        programs = CACHE / suite / "root" / "usr" / "bin"
+        if (programs / "containerd").exists():
+            found[label] = Release(label, programs / "containerd", programs / "ctr")
     return found
+
+
+RELEASES: Final = frozenset({"system", "1.6", "1.7", "later"})  # what ./dev setup provides
 
 
 @dataclass
