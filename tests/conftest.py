@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = os.geteuid() == 0
     missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
     releases = set(harness.releases())
-    built = all(path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE))
+    built = all(
+        path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE)
+    )
     if os.environ.get("TARDEV_SET_UP") and (missing or releases != harness.RELEASES or not built):
         # ./dev has set all of this up: what is not here now is a fault of it, not of the machine.
         raise pytest.UsageError(

@@ -47,8 +47,9 @@ class Outcome:
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     """In the checkout: the suite mounts overlays over what lies there, so that may not be on one itself."""
-    with tempfile.TemporaryDirectory(dir=harness.CACHE, prefix="conformance-") as directory:
+    with tempfile.TemporaryDirectory(dir=harness.CACHE.resolve(), prefix="conformance-") as directory:
         yield Path(directory)
+        harness.unmount_below(Path(directory))  # of a run that failed
 
 
 def run_suite(version: str, address: Path, name: str, scratch: Path) -> Outcome:

@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
-from tests.harness import Containerd, Daemon, Registry, host_state, releases, wait_for
+from tests.harness import Containerd, Daemon, Registry, Release, host_state, releases, wait_for
+
+MakeContainerd: TypeAlias = Callable[[Release, Path, Path], Containerd]  # its directory, our daemon's address
 
 
 @dataclass
@@ -24,24 +27,25 @@ class Node:
         self.daemon.clean_up()
 
 
-def make_node(directory: Path, label: str, extra: str = "") -> Node:
+def make_node(directory: Path, label: str, extra: str = "", make: MakeContainerd = Containerd) -> Node:
+    """`label` as in harness.releases(); `extra` goes to the end of our daemon's configuration."""
     release = releases()[label]
     if label == "later":
         assert release.version >= (2, 1)
     sys.stdout.write(f"containerd {'.'.join(map(str, release.version))} ({label})\n")
     root = directory / "containerd"
     daemon = Daemon(directory / "daemon", root / "root", extra, containerd_socket=str(root / "c.sock"))
-    node = Node(daemon, Containerd(release, root, daemon.address))
+    node = Node(daemon, make(release, root, daemon.address))
     daemon.start()
     node.containerd.start()
     return node
 
 
 @contextmanager
-def a_node(directory: Path, label: str) -> Iterator[Node]:
+def a_node(directory: Path, label: str, extra: str = "", make: MakeContainerd = Containerd) -> Iterator[Node]:
     """The test fails if the machine is not as it was when the node has gone."""
     before = host_state()
-    made = make_node(directory, label)
+    made = make_node(directory, label, extra, make)
     try:
         yield made
     finally:
