@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -234,11 +235,16 @@ class Release:
     containerd: Path
     ctr: Path
 
+    @cached_property
+    def full_version(self) -> str:
+        match = re.search(r"\d+\.\d+\.\d+", run(self.containerd, "--version"))
+        assert match
+        return match[0]
+
     @property
     def version(self) -> tuple[int, int]:
-        match = re.search(r"v?(\d+)\.(\d+)\.\d+", run(self.containerd, "--version"))
-        assert match
-        return int(match[1]), int(match[2])
+        major, minor, _ = self.full_version.split(".")
+        return int(major), int(minor)
 
 
 def releases() -> dict[str, Release]:
@@ -342,7 +348,9 @@ class Containerd(Server):
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def rootfs(self, chain_id: str, target: Path, namespace: str = "") -> Iterator[Path]:
+    def rootfs(
+        self, chain_id: str, target: Path, namespace: str = "", snapshotter: str = SNAPSHOTTER
+    ) -> Iterator[Path]:
         """What a container of the image sees: a fresh snapshot on the chain, mounted as the runtime would.
 
         `ctr images mount` of 1.6 takes overlayfs whatever snapshotter it is told.
@@ -350,7 +358,7 @@ class Containerd(Server):
         target.mkdir(exist_ok=True)
         key = f"rootfs-of-{target.name}"
         command = self.ctr(
-            "snapshots", "--snapshotter", SNAPSHOTTER, "prepare", "--target", target, key, chain_id,
+            "snapshots", "--snapshotter", snapshotter, "prepare", "--target", target, key, chain_id,
             namespace=namespace,
         )  # fmt: skip
         # As containerd and runc mount: newer mount(8) hands options over one by one, of 256 bytes each at the most.
@@ -359,7 +367,7 @@ class Containerd(Server):
             yield target
         finally:
             run("umount", target)
-            self.ctr("snapshots", "--snapshotter", SNAPSHOTTER, "rm", key, namespace=namespace)
+            self.ctr("snapshots", "--snapshotter", snapshotter, "rm", key, namespace=namespace)
 
     def clean_up(self) -> None:
         if self.alive():
