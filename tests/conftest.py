@@ -21,7 +21,7 @@ IMAGES = (
     "hello", "hello-zstd", "hello-plain", "hello-docker", "layers", "layers-zstd", "layers-plain", "layers-mixed",
     "many", "dup",
 )  # fmt: skip
-_TOOLS = ("runc", "skopeo", "docker-registry", "veritysetup", "strace", "zstd")
+_TOOLS = ("runc", "skopeo", "docker-registry", "veritysetup", "strace", "zstd", "host-local")
 
 
 def _knows_erofs() -> bool:
@@ -30,7 +30,7 @@ def _knows_erofs() -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = os.geteuid() == 0
-    missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
+    missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/usr/lib/cni")]
     releases = set(harness.releases())
     built = all(
         path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE)

@@ -431,9 +431,17 @@ def erofs_tool(name: str, *arguments: str | Path, check: bool = True) -> str:
 
 
 def oci_archive(
-    target: Path, reference: str, layers: Sequence[bytes | Path], media_type: str, diff_ids: Sequence[str]
+    target: Path,
+    reference: str,
+    layers: Sequence[bytes | Path],
+    media_type: str,
+    diff_ids: Sequence[str],
+    config: Mapping[str, Any] | None = None,
 ) -> str:
-    """An image whose config promises `diff_ids`, whatever the layers hold; the digest of its manifest."""
+    """An image whose config promises `diff_ids`, whatever the layers hold; the digest of its manifest.
+
+    `config`: how its containers are run (OCI image specification: config.md, "config").
+    """
     blobs: dict[str, bytes | Path] = {}
 
     def descriptor(blob: bytes | Path, media_type: str) -> dict[str, Any]:
@@ -445,12 +453,12 @@ def oci_archive(
         return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": size}
 
     rootfs = {"type": "layers", "diff_ids": list(diff_ids)}
-    config = json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs})
+    document = {"architecture": "amd64", "os": "linux", "config": dict(config or {}), "rootfs": rootfs}
     manifest_type = "application/vnd.oci.image.manifest.v1+json"
     manifest = {
         "schemaVersion": 2,
         "mediaType": manifest_type,
-        "config": descriptor(config.encode(), "application/vnd.oci.image.config.v1+json"),
+        "config": descriptor(json.dumps(document).encode(), "application/vnd.oci.image.config.v1+json"),
         "layers": [descriptor(layer, media_type) for layer in layers],
     }
     top = descriptor(json.dumps(manifest).encode(), manifest_type)

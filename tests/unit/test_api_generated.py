@@ -3,13 +3,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from snapshotter.api.generate import generate
 
-COMMITTED = Path(__file__).parents[2] / "snapshotter" / "api" / "proto"
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_committed_code_is_what_the_proto_files_give(tmp_path: Path) -> None:
-    generate(tmp_path)
-    fresh = {path.name: path.read_text() for path in (tmp_path / "snapshotter/api/proto").iterdir()}
-    kept = {path.name: path.read_text() for path in COMMITTED.iterdir() if "_pb2" in path.name and path.is_file()}
+@pytest.mark.parametrize("directory", ["snapshotter/api/proto", "tests/cri"])
+def test_the_committed_code_is_what_the_proto_files_give(tmp_path: Path, directory: str) -> None:
+    generate(tmp_path, ROOT / directory)
+    fresh = {path.name: path.read_text() for path in (tmp_path / directory).iterdir()}
+    kept = {path.name: path.read_text() for path in (ROOT / directory).iterdir() if "_pb2" in path.name}
     assert fresh == kept
