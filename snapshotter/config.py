@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from blockdev.formats.layer_file import STORED_FORMATS
+from blockdev.formats.layer_file import LAYER_FORMATS
 from blockdev.formats.limits import Limits
 from snapshotter.contracts import CONTRACTS
 from snapshotter.errors import ConfigError
@@ -166,10 +166,10 @@ def _check(config: Config) -> None:
                 f"snapshotters.{name}: contract {chosen.contract!r} is not in this version;"
                 f" it has: {', '.join(CONTRACTS)}"
             )
-        if chosen.format not in STORED_FORMATS:
+        if chosen.format not in LAYER_FORMATS:
             raise ConfigError(
                 f"snapshotters.{name}: format {chosen.format!r} is not in this version;"
-                f" it has: {', '.join(STORED_FORMATS)}"
+                f" it has: {', '.join(LAYER_FORMATS)}"
             )
         if chosen.format not in CONTRACTS[chosen.contract].FORMATS:
             raise ConfigError(f"snapshotters.{name}: contract {chosen.contract} cannot use format {chosen.format}")

@@ -22,6 +22,7 @@ Progress = Callable[[int, int], object]  # (bytes checked, bytes in all)
 _PIECE_BYTES: Final = 1 << 20
 # Beside the piece that each thread has, so that none waits for the oldest one to be looked at.
 _PIECES_AHEAD: Final = 2
+_BLOCKS_KEPT: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,41 @@ def read_verified(read_at: ReadAt, geometry: Geometry, root_hash: bytes, index: 
         piece = _blocks(read_at, area, block, 1, expected, params.salt)
         expected = piece[slot * DIGEST_BYTES : (slot + 1) * DIGEST_BYTES]
     return _blocks(read_at, data, index, 1, expected, params.salt)
+
+
+class VerifiedReader:
+    """Data of a file read through its hash tree, for who reads here and there. Blocks that were checked are kept, up
+    to a few MiB of them; `read_at` is asked for whole blocks."""
+
+    def __init__(self, read_at: ReadAt, geometry: Geometry, root_hash: bytes) -> None:
+        self._read_at, self._geometry, self._root_hash = read_at, geometry, root_hash
+        self._areas = list(_areas(geometry))  # top level first, the data last
+        self._kept: dict[tuple[int, int], bytes] = {}
+
+    def __call__(self, offset: int, size: int) -> bytes:
+        """Less at the end of the data. Raises VerificationFailed."""
+        block_bytes = self._geometry.params.data_block_bytes
+        end = min(offset + size, self._geometry.data_size_bytes)
+        if end <= offset:
+            return b""
+        first, depth = offset // block_bytes, len(self._areas) - 1
+        blocks = [self._block(depth, block) for block in range(first, -(-end // block_bytes))]
+        return b"".join(blocks)[offset - first * block_bytes : end - first * block_bytes]
+
+    def _block(self, depth: int, block: int) -> bytes:
+        kept = self._kept.get((depth, block))
+        if kept is not None:
+            return kept
+        params, expected = self._geometry.params, self._root_hash
+        if depth:
+            above, slot = divmod(block, params.digests_per_block)
+            digests = self._block(depth - 1, above)
+            expected = digests[slot * DIGEST_BYTES : (slot + 1) * DIGEST_BYTES]
+        found = _blocks(self._read_at, self._areas[depth], block, 1, expected, params.salt)
+        if len(self._kept) >= _BLOCKS_KEPT:
+            self._kept.clear()
+        self._kept[depth, block] = found
+        return found
 
 
 def _digests(

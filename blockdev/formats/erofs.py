@@ -43,6 +43,9 @@ assert INODE.size == INODE_BYTES
 
 _XATTR_PREFIXES: Final = {b"user": 1, b"trusted": 4, b"security": 6}
 _XATTR_WHOLE: Final = {b"system.posix_acl_access": 2, b"system.posix_acl_default": 3}
+_XATTR_NAMES: Final = {index: name + b"." for name, index in _XATTR_PREFIXES.items()} | {
+    index: name for name, index in _XATTR_WHOLE.items()
+}
 XATTR_BODY_BYTES_MAX: Final = XATTR_HEADER_BYTES + 4 * (0xFFFF - 1)
 XATTR_VALUE_BYTES_MAX: Final = 0xFFFF
 
@@ -138,3 +141,17 @@ def xattr_body(xattrs: dict[bytes, bytes] | None) -> bytes:
         out += XATTR_ENTRY.pack(len(rest), index, len(value)) + rest + value
         out += bytes(-len(out) % 4)
     return bytes(out)
+
+
+def parse_xattr_body(body: Buffer) -> dict[bytes, bytes]:
+    """What `xattr_body` wrote, and other areas in whatever order. Raises FormatError."""
+    area, found, position = bytes(body), dict[bytes, bytes](), XATTR_HEADER_BYTES
+    while position + XATTR_ENTRY.size <= len(area):
+        name_bytes, index, value_bytes = XATTR_ENTRY.unpack_from(area, position)
+        position += XATTR_ENTRY.size
+        end = position + name_bytes + value_bytes
+        if end > len(area) or index not in _XATTR_NAMES:
+            raise FormatError("xattrs in disorder")
+        found[_XATTR_NAMES[index] + area[position : position + name_bytes]] = area[position + name_bytes : end]
+        position = end + -end % 4
+    return found

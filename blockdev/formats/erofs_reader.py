@@ -6,7 +6,6 @@ Understands what our writer writes, nothing more: extended inodes, plain and inl
 
 from __future__ import annotations
 
-import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +17,6 @@ from blockdev.formats import erofs
 from blockdev.formats.entry import FORMAT_MASK, Entry
 from blockdev.formats.layer_file import ReadAt
 
-_XATTR_PREFIX: Final = {
-    1: b"user.",
-    2: b"system.posix_acl_access",
-    3: b"system.posix_acl_default",
-    4: b"trusted.",
-    6: b"security.",
-}
 _DIRECTORY_BYTES_MAX: Final = 1 << 30
 _PATH_BYTES_MAX: Final = 1 << 20
 # Bodies worth keeping, in case that the file has more names; how much of them; and how often all of the data area
@@ -35,7 +27,9 @@ _XATTRS_READ_TIMES_MAX: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Inode:
+class Inode:
+    """As it is stored; what it points at is not looked at yet."""
+
     mode: int
     layout: int
     size_bytes: int
@@ -96,6 +90,53 @@ class Reader:
                     raise LimitExceeded("more names than the data area has room for")
                 todo += [(len(path), child_name, child) for child_name, child in reversed(children)]
 
+    def root(self) -> Inode:
+        return self._inode(self.superblock.root_nid)
+
+    def child(self, directory: Inode, name: bytes) -> Inode | None:
+        """By binary search, as the kernel does: of a large directory a few blocks are read."""
+        last = -(-directory.size_bytes // self.block_bytes) - 1
+        low, high = 0, last
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._dirents(self._directory_block(directory, middle))[0][0] <= name:
+                low = middle
+            else:
+                high = middle - 1
+        if last < 0:
+            return None
+        for found, nid in self._dirents(self._directory_block(directory, low)):
+            if found == name:
+                return self._inode(nid)
+        return None
+
+    def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
+        return self._xattrs(inode)
+
+    def _directory_block(self, inode: Inode, number: int) -> bytes:
+        size = min(self.block_bytes, inode.size_bytes - number * self.block_bytes)
+        last = (number + 1) * self.block_bytes >= inode.size_bytes
+        if last and inode.layout == erofs.LAYOUT_INLINE:
+            return self._read(inode.end_offset, size)
+        return self._read((inode.address + number) * self.block_bytes, size)
+
+    @staticmethod
+    def _dirents(block: bytes) -> list[tuple[bytes, int]]:
+        """(name, nid) of every entry."""
+        if len(block) < erofs.DIRENT.size:
+            raise FormatError("directory block without entries")
+        first = erofs.DIRENT.unpack_from(block)[1]
+        if first % erofs.DIRENT.size or not erofs.DIRENT.size <= first <= len(block):
+            raise FormatError("directory block in disorder")
+        records = list(erofs.DIRENT.iter_unpack(block[:first]))
+        ends = [record[1] for record in records[1:]] + [len(block)]
+        found = []
+        for (nid, begin, _), end in zip(records, ends, strict=True):
+            if not first <= begin < end <= len(block):
+                raise FormatError("directory entry in disorder")
+            found.append((block[begin:end].rstrip(b"\0"), nid))
+        return found
+
     def _read(self, offset: int, size: int) -> bytes:
         if offset < 0 or offset + size > self._size:
             raise FormatError(f"index points at bytes {offset} to {offset + size} of {self._size}")
@@ -104,7 +145,7 @@ class Reader:
             raise FormatError(f"layer file ends at byte {offset + len(data)}")
         return data
 
-    def _inode(self, nid: int) -> _Inode:
+    def _inode(self, nid: int) -> Inode:
         offset = self.superblock.meta_block * self.block_bytes + nid * erofs.NID_UNIT_BYTES
         fields = erofs.INODE.unpack(self._read(offset, erofs.INODE_BYTES))
         kind, xattr_count, mode, size, address, _, uid, gid, seconds, nanoseconds, nlink = fields
@@ -117,9 +158,9 @@ class Reader:
             raise FormatError(f"inode {nid} has {nanoseconds} nanoseconds in a second")
         xattr_bytes = erofs.XATTR_HEADER_BYTES + 4 * (xattr_count - 1) if xattr_count else 0
         end = offset + erofs.INODE_BYTES + xattr_bytes
-        return _Inode(mode, layout, size, address, uid, gid, (seconds, nanoseconds), nlink, xattr_bytes, end)
+        return Inode(mode, layout, size, address, uid, gid, (seconds, nanoseconds), nlink, xattr_bytes, end)
 
-    def _entry(self, path: bytes, nid: int, inode: _Inode) -> Entry:
+    def _entry(self, path: bytes, nid: int, inode: Inode) -> Entry:
         kind = inode.mode & FORMAT_MASK
         rdev, link, offset = (0, 0), b"", 0
         if kind in (S_IFCHR, S_IFBLK):
@@ -138,7 +179,7 @@ class Reader:
             self._xattrs(inode),
         )  # fmt: skip
 
-    def _content(self, inode: _Inode) -> bytes:
+    def _content(self, inode: Inode) -> bytes:
         """Of a directory or symlink."""
         start = inode.address * self.block_bytes
         if inode.layout == erofs.LAYOUT_PLAIN:
@@ -152,31 +193,21 @@ class Reader:
             raise FormatError("inlined data crosses a block")
         return (self._read(start, full) if full else b"") + self._read(inode.end_offset, tail)
 
-    def _children(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
+    def _children(self, inode: Inode) -> Iterator[tuple[bytes, int]]:
         if inode.size_bytes > _DIRECTORY_BYTES_MAX:
             raise LimitExceeded(f"directory of {inode.size_bytes} bytes")
         content = self._content(inode)
         last = b""
         for start in range(0, len(content), self.block_bytes):
             block = content[start : start + self.block_bytes]
-            if len(block) < erofs.DIRENT.size:
-                raise FormatError("directory block without entries")
-            first = erofs.DIRENT.unpack_from(block)[1]
-            if first % erofs.DIRENT.size or not erofs.DIRENT.size <= first <= len(block):
-                raise FormatError("directory block in disorder")
-            records = [erofs.DIRENT.unpack_from(block, at) for at in range(0, first, erofs.DIRENT.size)]
-            ends = [record[1] for record in records[1:]] + [len(block)]
-            for (nid, begin, _), end in zip(records, ends, strict=True):
-                if not first <= begin < end <= len(block):
-                    raise FormatError("directory entry in disorder")
-                name = block[begin:end].rstrip(b"\0")
+            for name, nid in self._dirents(block):
                 if not name or len(name) > 255 or b"/" in name or b"\0" in name or name <= last:
                     raise FormatError(f"directory entry with the name {name[:80]!r}")
                 last = name
                 if name not in (b".", b".."):
                     yield name, nid
 
-    def _xattrs(self, inode: _Inode) -> dict[bytes, bytes]:
+    def _xattrs(self, inode: Inode) -> dict[bytes, bytes]:
         if not inode.xattr_bytes:
             return {}
         kept = self._xattrs_kept.get(inode.end_offset)
@@ -186,27 +217,12 @@ class Reader:
         self._xattr_bytes_read += inode.xattr_bytes
         if self._xattr_bytes_read > _XATTRS_READ_TIMES_MAX * self._size + erofs.XATTR_BODY_BYTES_MAX:
             raise LimitExceeded("more xattrs than the data area has room for")
-        found = self._parse_xattrs(inode)
+        area = self._read(inode.end_offset - inode.xattr_bytes, inode.xattr_bytes)
+        found = erofs.parse_xattr_body(area)
         if kept is None and inode.xattr_bytes >= _XATTRS_CACHED_BYTES_MIN:
             self._xattrs_kept[inode.end_offset] = inode.xattr_bytes, found
             self._xattr_bytes_kept += inode.xattr_bytes
             while self._xattr_bytes_kept > _XATTRS_CACHED_BYTES_MAX:
                 _, (size, _) = self._xattrs_kept.popitem(last=False)
                 self._xattr_bytes_kept -= size
-        return found
-
-    def _parse_xattrs(self, inode: _Inode) -> dict[bytes, bytes]:
-        area = self._read(inode.end_offset - inode.xattr_bytes, inode.xattr_bytes)
-        found, position = {}, erofs.XATTR_HEADER_BYTES
-        try:
-            while position + erofs.XATTR_ENTRY.size <= len(area):
-                name_bytes, index, value_bytes = erofs.XATTR_ENTRY.unpack_from(area, position)
-                position += erofs.XATTR_ENTRY.size
-                end = position + name_bytes + value_bytes
-                if end > len(area) or index not in _XATTR_PREFIX:
-                    raise FormatError("xattrs in disorder")
-                found[_XATTR_PREFIX[index] + area[position : position + name_bytes]] = area[position + name_bytes : end]
-                position = end + -end % 4
-        except struct.error:
-            raise FormatError("xattrs in disorder") from None
         return found

@@ -69,15 +69,20 @@ class Directory(Inode):
     """`explicit`: has an entry of its own; `whiteouts`: names of lower layers that are gone.
 
     `path_bytes`: how long its path is, with a slash at the end; symlinks can make it longer than any member's name.
+    `made`: it was made for want of an entry, which may have come since; `in_made`: then in one without an entry, too.
+    `holder` and `name`: where it stands, once the tree is finished; the root has none.
     """
 
-    __slots__ = ("children", "explicit", "opaque", "path_bytes", "whiteouts")
+    __slots__ = ("children", "explicit", "holder", "in_made", "made", "name", "opaque", "path_bytes", "whiteouts")
+
+    holder: Directory
+    name: bytes
 
     def __init__(self, path_bytes: int) -> None:
         super().__init__(S_IFDIR | 0o755)
         self.path_bytes = path_bytes
         self.children: dict[bytes, Inode] = {}
-        self.explicit = False
+        self.explicit = self.made = self.in_made = False
         self.opaque = False
         self.whiteouts: set[bytes] | None = None
 
@@ -97,6 +102,7 @@ class FileTree:
         self._names_moved = False  # a directory or symlink was replaced: a name may lead elsewhere at the end
         self.dropped_xattrs = 0
         self.invented_directories = 0
+        self.made: list[Directory] = []  # what is left of these at the end
 
     def add(self, member: Member) -> None:
         self._followed_left += _FOLLOWED_PER_MEMBER
@@ -190,6 +196,7 @@ class FileTree:
                     raise LimitExceeded(f"more than {self._limits.entries} directories without entries")
                 self._charge(len(name) + _DIRECTORY_COST_BYTES)
                 child = self._new_directory(stack[-1], name)
+                child.made, child.in_made = True, stack[-1].made and not stack[-1].explicit
                 if stack[-1].mode & _SETGID:
                     child.gid = stack[-1].gid
                 stack[-1].children[name] = child
@@ -347,15 +354,31 @@ class FileTree:
             if node.opaque:
                 node.xattrs = {**(node.xattrs or {}), b"trusted.overlay.opaque": b"y"}
             node.nlink = 2
-            for _, child in sorted_children(node):
+            for child_name, child in sorted_children(node):
                 if isinstance(child, Directory):
                     node.nlink += 1
+                    child.holder, child.name = node, child_name
+                    if child.made:
+                        self.made.append(child)
                 else:
                     child.nlink += 1
                 if child.number < 0:
                     child.number = len(order)
                     order.append(child)
         return order
+
+
+def canonical_order(root: Directory) -> list[Inode]:
+    """Of a tree of directories alone: numbers and link counts are set."""
+    root.number = 0
+    order: list[Inode] = [root]
+    for node in order:
+        assert isinstance(node, Directory)
+        node.nlink = 2 + len(node.children)
+        for _, child in sorted_children(node):
+            child.number = len(order)
+            order.append(child)
+    return order
 
 
 def sorted_children(node: Directory) -> Iterator[tuple[bytes, Inode]]:

@@ -34,7 +34,8 @@ class Format:
 
     `file_system`: the kernel's name of what mounts it; `block_bytes`: of that; `tar_offset_bytes`:
     what stands in front of the tar is written last. `stored`: a node makes such files; the others
-    are only computed, to compare root hashes with those of other tools.
+    are only computed, to compare root hashes with those of other tools. `of_chain`: made of a chain of
+    layers and no layer itself; a table of directories is in place of the tar.
     """
 
     name: str
@@ -43,18 +44,22 @@ class Format:
     block_bytes: int
     tar_offset_bytes: int
     stored: bool = True
+    of_chain: bool = False
 
 
+PARENTS_FORMAT: Final = "tar-index-parents"
 FORMATS: Final = {
     known.name: known
     for known in (
         Format("tar-index", PRESETS["tar-index"], "erofs", 512, HEAD_BYTES),
+        Format(PARENTS_FORMAT, PRESETS["tar-index"], "erofs", 512, HEAD_BYTES, of_chain=True),
         Format("tarfs", PRESETS["tarfs"], "tar", 4096, 0),
         Format("tarfs-genpolicy", PRESETS["tarfs"], "tar", 4096, 0, stored=False),
         Format("tarfs-genpolicy-upstream", PRESETS["tarfs"], "tar", 4096, 0, stored=False),
     )
 }
 STORED_FORMATS: Final = tuple(name for name, known in FORMATS.items() if known.stored)
+LAYER_FORMATS: Final = tuple(name for name in STORED_FORMATS if not FORMATS[name].of_chain)
 
 
 def format_named(name: str) -> Format:
@@ -65,22 +70,35 @@ def format_named(name: str) -> Format:
         raise FormatError(f"format {name!r} is not known; this version writes: {', '.join(FORMATS)}") from None
 
 
+def layer_format_named(name: str) -> Format:
+    """Raises FormatError, also for a format that no layer has by itself."""
+    found = format_named(name)
+    if found.of_chain:
+        raise FormatError(f"format {name!r} is made of a chain of layers, not of one layer")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """First 1024 bytes of a tar-index file; covered by verity. Sizes and offsets in bytes."""
+    """First 1024 bytes of a tar-index file; covered by verity. Sizes and offsets in bytes.
+
+    Of a parents layer, `tar_…` are about its table, and `diff_id` is the sha256 of that.
+    """
 
     tar_offset_bytes: int
     tar_size_bytes: int
     metadata_offset_bytes: int
     diff_id: bytes
+    format_name: str = "tar-index"
 
-    MAGIC: ClassVar[bytes] = b"TARINDEX"
+    MAGICS: ClassVar[dict[str, bytes]] = {"tar-index": b"TARINDEX", PARENTS_FORMAT: b"TARPARNT"}
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQ32s952x")
 
     def pack(self) -> bytes:
         return self.LAYOUT.pack(
-            self.MAGIC, 1, 0, self.tar_offset_bytes, self.tar_size_bytes, self.metadata_offset_bytes, self.diff_id
-        )
+            self.MAGICS[self.format_name], 1, 0, self.tar_offset_bytes, self.tar_size_bytes,
+            self.metadata_offset_bytes, self.diff_id,
+        )  # fmt: skip
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
@@ -89,11 +107,12 @@ class Identity:
             raise FormatError("no tar-index identity record")
         fields = cls.LAYOUT.unpack(raw[: cls.LAYOUT.size])
         magic, version, flags, tar_offset, tar_size, metadata_offset, diff_id = fields
-        if (magic, version, flags, tar_offset) != (cls.MAGIC, 1, 0, HEAD_BYTES):
+        names = {known: name for name, known in cls.MAGICS.items()}
+        if magic not in names or (version, flags, tar_offset) != (1, 0, HEAD_BYTES):
             raise FormatError("no tar-index identity record of version 1")
         if metadata_offset != align(HEAD_BYTES + tar_size, ALIGNMENT_BYTES):
             raise FormatError("identity record contradicts itself")
-        return cls(tar_offset, tar_size, metadata_offset, diff_id)
+        return cls(tar_offset, tar_size, metadata_offset, diff_id, names[magic])
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +215,7 @@ class LayerFile:
         tree_end = data_end + self.geometry.tree_size_bytes
         for name, start, end in (
             ("head", 0, tar_offset),
-            ("tar", tar_offset, tar_end),
+            ("table" if self.format.of_chain else "tar", tar_offset, tar_end),
             ("padding", tar_end, self.index_offset_bytes),
             ("index", self.index_offset_bytes, data_end),
             ("hash tree", data_end, tree_end),
@@ -234,9 +253,9 @@ def _open_tar_index(read_at: ReadAt, size_bytes: int, trailer: Trailer) -> Layer
     geometry = Geometry(trailer.data_blocks, trailer.params)
     if (geometry.tree_size_bytes, len(geometry.levels)) != (trailer.tree_size_bytes, trailer.levels):
         raise FormatError("trailer names a tree of another shape than its data has")
-    layer_format = FORMATS["tar-index"]
     head = read_at(0, HEAD_BYTES)
     identity = Identity.unpack(head)
+    layer_format = FORMATS[identity.format_name]
     if identity.diff_id != trailer.diff_id:
         raise FormatError("identity record and trailer name different diff IDs")
     superblock = erofs.Superblock.unpack(head[erofs.SUPERBLOCK_OFFSET_BYTES :])

@@ -9,17 +9,18 @@ trailer. docs/formats.md has the bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from blockdev.errors import FormatError, LimitExceeded
-from blockdev.formats import erofs
+from blockdev.formats import directory_table, erofs, parents
 from blockdev.formats.erofs_writer import MetadataWriter
-from blockdev.formats.file_tree import FileTree
+from blockdev.formats.file_tree import FileTree, Inode, canonical_order
 from blockdev.formats.layer_file import (
     ALIGNMENT_BYTES,
     HEAD_BYTES,
+    PARENTS_FORMAT,
     Format,
     Identity,
     ReadAt,
@@ -102,18 +103,27 @@ class IndexWriter(Protocol):
     def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
         """Up to the end of the data area; called once."""
 
+    def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
+        """After `write`, in pieces: the directories that the layer made for want of an entry, and has still.
 
-class TarIndexWriter:
-    def __init__(self, layer_format: Format, limits: Limits) -> None:
+        Nothing where it never made one.
+        """
+
+
+class _ErofsIndexWriter:
+    def __init__(self, layer_format: Format) -> None:
         self._format = layer_format
-        self._tree = FileTree(limits)
-        self._scanner = TarScanner(self._tree.add, limits)
-        self.feed = self._scanner.feed
 
-    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
-        self._scanner.close()
+    def _write(
+        self,
+        writer: VerifiedWriter,
+        order: Sequence[Inode],
+        tar_size_bytes: int,
+        diff_id: bytes,
+        warnings: dict[str, int],
+    ) -> Index:
         block = self._format.block_bytes
-        metadata = MetadataWriter(self._tree.finish(), block)
+        metadata = MetadataWriter(order, block)
         area = metadata.layout()
         writer.pad(ALIGNMENT_BYTES)
         metadata_offset = writer.size_bytes
@@ -123,12 +133,7 @@ class TarIndexWriter:
         metadata.emit(writer.write, metadata_offset, HEAD_BYTES)
         writer.pad(ALIGNMENT_BYTES)
         assert writer.size_bytes == data_size, "the layout pass and the emission pass disagree"
-        identity = Identity(HEAD_BYTES, tar_size_bytes, metadata_offset, diff_id)
-        warnings = {
-            "dropped_xattrs": self._tree.dropped_xattrs,
-            "invented_directories": self._tree.invented_directories,
-            "nonzero_padding": self._scanner.dirty_padding,
-        }
+        identity = Identity(HEAD_BYTES, tar_size_bytes, metadata_offset, diff_id, self._format.name)
         return Index(area.inodes, warnings, self._head(identity, area.root_nid, area.inodes, data_size))
 
     def _head(self, identity: Identity, root_nid: int, inodes: int, data_size_bytes: int) -> bytes:
@@ -144,6 +149,48 @@ class TarIndexWriter:
         covered = bytearray(superblock.ljust(block, b"\0"))
         struct.pack_into("<I", covered, 4, erofs.crc32c(covered))
         return (identity.pack() + bytes(covered)).ljust(HEAD_BYTES, b"\0")
+
+
+class TarIndexWriter(_ErofsIndexWriter):
+    def __init__(self, layer_format: Format, limits: Limits) -> None:
+        super().__init__(layer_format)
+        self._tree = FileTree(limits)
+        self._scanner = TarScanner(self._tree.add, limits)
+        self.feed = self._scanner.feed
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        self._scanner.close()
+        order = self._tree.finish()
+        warnings = {
+            "dropped_xattrs": self._tree.dropped_xattrs,
+            "invented_directories": self._tree.invented_directories,
+            "nonzero_padding": self._scanner.dirty_padding,
+        }
+        return self._write(writer, order, tar_size_bytes, diff_id, warnings)
+
+    def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
+        if not self._tree.invented_directories:
+            return iter(())
+        return directory_table.layer_table(self._tree.root, self._tree.made, diff_id)
+
+
+class _ParentsIndexWriter(_ErofsIndexWriter):
+    """Its "tar" is a table of `parents`, made here: it is small."""
+
+    def __init__(self, layer_format: Format) -> None:
+        super().__init__(layer_format)
+        self._table = bytearray()
+
+    def feed(self, data: Buffer) -> None:
+        self._table += data
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        table = bytes(self._table)
+        records = directory_table.read_parents_table(lambda at, size: table[at : at + size], len(table))
+        return self._write(writer, canonical_order(parents.directories(records)), tar_size_bytes, diff_id, {})
+
+    def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
+        return iter(())
 
 
 _DIALECTS: Final = {
@@ -162,10 +209,15 @@ class _TarfsIndexWriter:
         entries = self._writer.write(writer.write, tar_size_bytes)
         return Index(entries, self._writer.warnings())
 
+    def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
+        return iter(())
+
 
 def index_writer(layer_format: Format, limits: Limits, read_back: ReadAt | None) -> IndexWriter:
     if layer_format.name in _DIALECTS:
         return _TarfsIndexWriter(layer_format, limits, read_back)
+    if layer_format.name == PARENTS_FORMAT:
+        return _ParentsIndexWriter(layer_format)
     return TarIndexWriter(layer_format, limits)
 
 
@@ -244,3 +296,7 @@ class LayerWriter:
             self.format.name, diff_id, root_hash, tar_size, data_size, geometry.tree_size_bytes,
             file_size(data_size, geometry.tree_size_bytes), index.entries, warnings,
         )  # fmt: skip
+
+    def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
+        """After `finish`, in pieces: what goes beside the file for the parents layers of chains; often nothing."""
+        return self._index.directory_table(diff_id)

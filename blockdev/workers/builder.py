@@ -240,7 +240,9 @@ def _work(
     if parameters.expected_diff_id not in (None, diff_id):
         raise DigestMismatch(f"blob {digest} unpacks to diff ID {diff_id}, not {parameters.expected_diff_id}")
     started = time.monotonic()
-    for staged, _, _ in files:
+    for (staged, _, layer), output in zip(files, parameters.outputs, strict=True):
+        if output.table_fd is not None:
+            _write_table(output.table_fd, layer.directory_table(tar_digest.digest()))
         staged.sync()
     waited = time.monotonic() - started
     spooled = sum(leaves.bytes_spooled for _, leaves, _ in files)
@@ -266,6 +268,19 @@ def _work(
     }
 
 
+def _write_table(fd: int, pieces: Iterator[bytes]) -> None:
+    """Durable when it returns; most layers have none."""
+    size = 0
+    for piece in pieces:
+        view = memoryview(piece)
+        while view:
+            written = os.pwrite(fd, view, size)
+            size += written
+            view = view[written:]
+    if size:
+        os.fsync(fd)
+
+
 def _profile(parameters: BuilderParameters, status_fd: int) -> sandbox.Profile:
     limits = parameters.limits
     sources, pipes = {parameters.blob_fd}, set[int]()
@@ -279,7 +294,7 @@ def _profile(parameters: BuilderParameters, status_fd: int) -> sandbox.Profile:
         status_fd,
         sources=frozenset(sources),
         pipes=frozenset(pipes),
-        files=frozenset(fd for output in parameters.outputs for fd in (output.staged_fd, output.spool_fd)),
+        files=frozenset(fd for output in parameters.outputs for fd in output.descriptors()),
         bounds=sandbox.Bounds(
             address_space_bytes=limits.metadata_bytes * len(parameters.outputs) + _ADDRESS_SPACE_BYTES,
             cpu_seconds=parameters.cpu_seconds,

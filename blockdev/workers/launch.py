@@ -24,7 +24,7 @@ from blockdev.errors import (
     UnsupportedError,
 )
 from blockdev.formats.compression import Compression, compression_of
-from blockdev.formats.layer_file import format_named
+from blockdev.formats.layer_file import layer_format_named
 from blockdev.formats.limits import Limits
 from blockdev.workers import protocol
 from blockdev.workers.parameters import BuilderParameters, Output
@@ -94,7 +94,7 @@ async def run_build(request: BuildRequest) -> list[BuildRecord]:
     """
     try:
         for output in request.outputs:
-            format_named(output.format)
+            layer_format_named(output.format)
         return await _run(request, compression_of(request.media_type))
     except BlockdevError as error:
         raise type(error)(f"layer {request.layer_name}: {error}") from None
@@ -120,7 +120,7 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
             cpu_seconds=request.cpu_seconds,
             parent_pid=os.getpid(),
         )
-        kept = {request.blob_fd, *(fd for output in request.outputs for fd in (output.staged_fd, output.spool_fd))}
+        kept = {request.blob_fd, *(fd for output in request.outputs for fd in output.descriptors())}
         for end in (parameters.compressed, parameters.tar):
             kept.update(end.descriptors() if end else ())
         workers: list[_Worker] = []

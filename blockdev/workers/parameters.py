@@ -12,11 +12,19 @@ from blockdev.workers.ring import RingEnd
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One layer file of a build: `staged_fd` and `spool_fd` are empty files that can be read and written."""
+    """One layer file of a build: all three are empty files that can be read and written.
+
+    `table_fd` gets the table of the directories that the layer made, and stays empty without any.
+    """
 
     format: str
     staged_fd: int
     spool_fd: int
+    table_fd: int | None = None
+
+    def descriptors(self) -> tuple[int, ...]:
+        files = (self.staged_fd, self.spool_fd)
+        return files if self.table_fd is None else (*files, self.table_fd)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from blockdev.formats import erofs, tarfs_reader
 from blockdev.formats.compression import MEDIA_TYPES, detect
 from blockdev.formats.entry import Entry
 from blockdev.formats.layer_diff import Difference, Value, differences
-from blockdev.formats.layer_file import LayerFile, format_named, open_layer_file
+from blockdev.formats.layer_file import LayerFile, format_named, layer_format_named, open_layer_file
 from blockdev.formats.layer_place import place
 from blockdev.formats.layer_reader import IndexReader, at_or_below, index_reader
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
@@ -181,7 +181,7 @@ def build_all(
     Raises BlockdevError, OSError; no output is then made or changed.
     """
     for name in outputs:
-        format_named(name)
+        layer_format_named(name)
     _check_diff_id(diff_id)
     with ExitStack() as files:
         blob = files.enter_context(_blob(source))
@@ -306,11 +306,12 @@ def verify(
         if diff_id is not None:
             found = _tar_diff_id(opened)
             if found != diff_id:
-                raise DigestMismatch(f"the tar in {path} has the diff ID {found}, not {diff_id}")
+                what = "table in {} has the identity" if layer.format.of_chain else "tar in {} has the diff ID"
+                raise DigestMismatch(f"the {what.format(path)} {found}, not {diff_id}")
     params = layer.geometry.params
     return {
         "format": name,
-        "diff_id": diff_id or _digest(layer.diff_id),
+        _identity_of(layer): diff_id or _digest(layer.diff_id),
         "root_hash": root.hex(),
         "data_size_bytes": layer.data_size_bytes,
         "data_block_bytes": params.data_block_bytes,
@@ -376,6 +377,11 @@ def _tar_diff_id(opened: _Opened) -> str:
     return "sha256:" + sha256.hexdigest()
 
 
+def _identity_of(layer: LayerFile) -> str:
+    """What is said of a parents layer must not be taken for a layer's diff ID."""
+    return "identity" if layer.format.of_chain else "diff_id"
+
+
 def _digest(raw: bytes | None) -> str | None:
     return "sha256:" + raw.hex() if raw is not None else None
 
@@ -389,7 +395,7 @@ def inspect(path: Path, root_hash: str | None = None) -> dict[str, Any]:
         root = root or layer.root_hash
         record: dict[str, Any] = {
             "format": layer.format.name,
-            "diff_id": _digest(layer.diff_id),
+            _identity_of(layer): _digest(layer.diff_id),
             "root_hash": root.hex() if root else None,
             "tar_offset_bytes": layer.format.tar_offset_bytes,
             "tar_size_bytes": layer.tar_size_bytes,
@@ -532,6 +538,8 @@ def tar(
     """To a file, or to standard output. Raises FormatError, DigestMismatch; a file is then as it was."""
     _check_diff_id(diff_id)
     with _opened(path) as opened:
+        if opened.layer.format.of_chain:
+            raise FormatError(f"{path} has the format {opened.layer.format.name}: there is no tar of it")
         if output is None:
             return _write_tar(opened, 1, diff_id, progress)
         with _replacing(output) as fd:

@@ -43,6 +43,10 @@ class Node:
     children: dict[bytes, Node] = field(default_factory=dict)
     opaque: bool = False
     whiteouts: set[bytes] = field(default_factory=set)
+    # Of a directory: made as a parent; in one that was made and had no entry then; has an entry.
+    made: bool = False
+    in_made: bool = False
+    entry: bool = False
 
 
 # ---------------------------------------------------------------- Headers
@@ -307,7 +311,8 @@ class Tree:
                     return None
                 if len(part) > 255:
                     raise Refused("a component over 255 bytes")
-                made = way[-1].children[part] = Node("directory")
+                made = way[-1].children[part] = Node("directory", made=True)
+                made.in_made = way[-1].made and not way[-1].entry
                 if way[-1].mode & 0o2000:
                     made.gid = way[-1].gid
             node = way[-1].children[part]
@@ -410,6 +415,7 @@ class Tree:
         node.uid, node.gid, node.mtime = member.uid, member.gid, member.mtime
         if member.kind == "directory":
             self.directory_times.append((member.name, member.mtime))
+            node.entry = True
         for name, value in member.xattrs.items():
             if name in (b"", b"user.", b"security.") or (len(name) > 255 and not name.startswith(b"trusted.")):
                 raise Refused("an xattr's name out of range")
@@ -643,8 +649,8 @@ def crc32c(data: bytes) -> int:
     return crc
 
 
-def uuid(diff_id: bytes) -> bytes:
-    found = bytearray(hashlib.sha256(b"tar-index:v1:tar-index:" + diff_id).digest()[:16])
+def uuid(diff_id: bytes, name: bytes = b"tar-index") -> bytes:
+    found = bytearray(hashlib.sha256(b"tar-index:v1:" + name + b":" + diff_id).digest()[:16])
     found[6] = 0x80 | found[6] & 0x0F
     found[8] = 0x80 | found[8] & 0x3F
     return bytes(found)
@@ -679,18 +685,22 @@ class Layer:
 
 def layer_file(tar: bytes) -> Layer:
     """Raises Refused."""
-    root = read_tar(tar)
+    return laid_out(tar, read_tar(tar), b"TARINDEX", b"tar-index")
+
+
+def laid_out(tar: bytes, root: Node, magic: bytes, name: bytes) -> Layer:
+    """From "File map" on; `tar`: what the head is followed by."""
     diff_id = hashlib.sha256(tar).digest()
     area, root_nid, inodes = metadata(root, len(tar))
     meta_off = align(4096 + len(tar), 4096)
     data_size = align(meta_off + len(area), 4096)
     blocks = data_size // 512
 
-    identity = b"TARINDEX" + little(1, 4) + little(0, 4) + little(4096, 8) + little(len(tar), 8) + little(meta_off, 8)
+    identity = magic + little(1, 4) + little(0, 4) + little(4096, 8) + little(len(tar), 8) + little(meta_off, 8)
     identity += diff_id
     superblock = (
         little(0xE0F5E1E2, 4) + bytes(4) + little(3, 4) + bytes([9, 0]) + little(root_nid, 2) + little(inodes, 8)
-        + bytes(12) + little(blocks, 4) + little(meta_off // 512, 4) + bytes(4) + uuid(diff_id)
+        + bytes(12) + little(blocks, 4) + little(meta_off // 512, 4) + bytes(4) + uuid(diff_id, name)
     ).ljust(512, b"\0")  # fmt: skip
     superblock = superblock[:4] + little(crc32c(superblock), 4) + superblock[8:]
     head = (identity.ljust(1024, b"\0") + superblock).ljust(4096, b"\0")

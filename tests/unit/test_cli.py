@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.chains import make, parents_layer
 from tests.golden import make_tars
+from tests.golden.make_tars import EOA, D, F
 from tests.golden.test_tar_index import build
 
 TARDEVCTL = Path(sys.executable).parent / "tardevctl"
@@ -172,3 +174,38 @@ def test_listing_without_a_daemon_says_what_is_missing(tmp_path: Path) -> None:
         done = tardevctl(command, "--config", tmp_path / "config.toml")
         assert done.returncode == 1
         assert f"{tmp_path}/nowhere/metadata.db" in done.stderr
+
+
+@pytest.fixture
+def parents(tmp_path: Path) -> tuple[Path, str, str]:
+    """A parents layer, its identity and its root hash."""
+    made = parents_layer([make(D(b"a/", mode=0o700) + EOA), make(F(b"a/x") + EOA)])
+    assert made is not None
+    (tmp_path / "parents").write_bytes(made.file)
+    return tmp_path / "parents", "sha256:" + made.built.diff_id.hex(), made.built.root_hash.hex()
+
+
+def test_a_parents_layer_is_a_layer_file(parents: tuple[Path, str, str]) -> None:
+    path, identity, root_hash = parents
+    found = output("layer", "inspect", path)
+    assert (found["format"], found["identity"], found["root_hash"]) == ("tar-index-parents", identity, root_hash)
+    assert "diff_id" not in found
+    assert "table" in {region["name"] for region in found["regions"]}
+    assert output("layer", "verify", path, "--root-hash", root_hash, "--diff-id", identity)["identity"] == identity
+    assert [(entry["path"], entry["mode"]) for entry in output("layer", "ls", path)] == [
+        ("/", "040755"), ("/a", "040700"),
+    ]  # fmt: skip
+
+
+def test_a_parents_layer_has_no_tar(parents: tuple[Path, str, str], tmp_path: Path) -> None:
+    done = tardevctl("layer", "tar", parents[0], "--output", tmp_path / "tar")
+    assert done.returncode == 1
+    assert "there is no tar of it" in done.stderr
+    assert not (tmp_path / "tar").exists()
+
+
+def test_a_parents_layer_is_not_built_of_one_layer(tmp_path: Path) -> None:
+    (tmp_path / "tar").write_bytes(some_tar())
+    done = tardevctl("layer", "build", tmp_path / "tar", "--output", tmp_path / "out", "--format", "tar-index-parents")
+    assert done.returncode == 1
+    assert "of a chain of layers" in done.stderr

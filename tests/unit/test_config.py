@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockdev.formats.layer_file import STORED_FORMATS
+from blockdev.formats.layer_file import LAYER_FORMATS
 from blockdev.formats.limits import Limits
 from snapshotter import config
 from snapshotter.config import Config, parse, parse_size
@@ -183,7 +183,7 @@ def test_a_format_that_this_version_lacks_is_named(layer_format: str) -> None:
     message = refused(f'[snapshotters.tardev-azl]\ncontract = "host"\nformat = "{layer_format}"\n')
     assert "snapshotters.tardev-azl" in message
     assert repr(layer_format) in message
-    assert all(name in message for name in STORED_FORMATS)
+    assert all(name in message for name in LAYER_FORMATS)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ func batch(tars, directories string, options []archive.ApplyOpt) error {
 
 func main() {
 	first := flag.Bool("first", false, "as the first layer of an image, which is mounted without an overlay")
-	parent := flag.String("parent", "", "the directory of the layer below")
+	parent := flag.String("parent", "", "the directories of the layers below, topmost first, with colons between")
 	many := flag.Bool("batch", false, "a directory of tars")
 	flag.Parse()
 	logrus.SetOutput(io.Discard)
@@ -57,7 +57,7 @@ func main() {
 		options = append(options, archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
 	}
 	if *parent != "" {
-		options = append(options, archive.WithParents([]string{*parent}))
+		options = append(options, archive.WithParents(strings.Split(*parent, ":")))
 	}
 	run := apply
 	if *many {
