@@ -168,11 +168,13 @@ class Builder:
             layer = await self._metastore.layer(diff_id, format)
             if layer is None or layer.state is not LayerState.READY or not await self._is_whole(layer):
                 return None
-            self._touch(layer)
+            self.touch(layer)
         return layer
 
     async def _is_whole(self, layer: Layer) -> bool:
         why = await asyncio.to_thread(self._store.contradiction, layer)
+        if not why and await asyncio.to_thread(self._store.lacks_table, layer):
+            return False
         if why:
             self._log.error("layer file is broken, building it again", diff_id=layer.diff_id, reason=why)
             await self._metastore.mark_broken([layer.id])
@@ -214,7 +216,7 @@ class Builder:
                 [record] = await run_build(
                     BuildRequest(
                         blob_fd=blob_fd,
-                        outputs=(Output(format, staged.fd, staged.spool_fd),),
+                        outputs=(Output(format, staged.fd, staged.spool_fd, staged.table_fd),),
                         media_type=blob.media_type,
                         layer_name=blob.digest,
                         expected_digest=blob.digest,
@@ -245,10 +247,11 @@ class Builder:
                 await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
             trace("build.published")
             layer = await self._metastore.publish(record, compression, seconds)
-            self._touch(layer)
+            self.touch(layer)
         return layer
 
-    def _touch(self, layer: Layer) -> None:
+    def touch(self, layer: Layer) -> None:
+        """For a while now it is one of `recent`."""
         now = time.monotonic()
         self._recent = {key: at for key, at in self._recent.items() if now - at < _RECENT_SECONDS}
         self._recent[layer.id] = now

@@ -2,7 +2,8 @@
 """Layer files on disk: <root>/layers/FORMAT/HEX, and <root>/staging for what is being written.
 
 A file in `layers` is whole: it was synced, then renamed, then its directory was synced. Whether it is
-also a layer is for the metadata to say.
+also a layer is for the metadata to say. <root>/tables/FORMAT/HEX is the table of the directories that
+a layer made for want of an entry, which most have none of: there before the layer, gone after it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from snapshotter.trace import trace
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Two empty files of one build. The spool has no name: it is gone with its descriptor."""
+    """Three empty files of one build. Spool and table have no name: they are gone with their descriptors."""
 
     fd: int
     spool_fd: int
     path: Path
+    table_fd: int
 
 
 class LayerStore:
@@ -37,20 +39,26 @@ class LayerStore:
         self.root = root
         self.staging = root / "staging"
         self._layers = root / "layers"
+        self._tables = root / "tables"
         self._reserve = reserve_bytes
 
     def prepare(self) -> None:
         for directory in (
             self.staging,
             self._layers,
-            *(self._layers / name for name in STORED_FORMATS),
+            self._tables,
+            *(directory / name for directory in (self._layers, self._tables) for name in STORED_FORMATS),
         ):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_directory(self._layers)
+        sync_directory(self._tables)
         sync_directory(self.root)
 
     def path(self, diff_id: str, format: str) -> Path:
         return self._layers / format / diff_id.removeprefix("sha256:")
+
+    def table_path(self, diff_id: str, format: str) -> Path:
+        return self._tables / format / diff_id.removeprefix("sha256:")
 
     @asynccontextmanager
     async def staged(self) -> AsyncIterator[Staged]:
@@ -59,18 +67,18 @@ class LayerStore:
         if space.f_bavail * space.f_frsize < self._reserve:
             raise ResourceExhausted(f"less than {self._reserve} bytes are free below {self.root}: no build is started")
         fd, name = tempfile.mkstemp(dir=self.staging)
-        spool_fd = -1
+        opened = [fd]
 
         def discard() -> None:
             with suppress(FileNotFoundError):
                 os.unlink(name)
-            os.close(fd)
-            if spool_fd >= 0:
-                os.close(spool_fd)
+            for each in opened:
+                os.close(each)
 
         try:
-            spool_fd = os.open(self.staging, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            yield Staged(fd, spool_fd, Path(name))
+            for mode in (0o600, 0o400):
+                opened.append(os.open(self.staging, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode))
+            yield Staged(fd, opened[1], Path(name), opened[2])
         finally:
             # Giving back the space of a large file takes its time.
             await to_the_end(asyncio.to_thread(discard))
@@ -78,12 +86,23 @@ class LayerStore:
     def publish(self, staged: Staged, diff_id: str, format: str) -> None:
         """Durable in its place when this returns; the builder has synced the content already."""
         trace("publish.staged")
+        if os.fstat(staged.table_fd).st_size:
+            self._publish_table(staged, self.table_path(diff_id, format))
         os.fchmod(staged.fd, 0o400)
         os.fsync(staged.fd)
         target = self.path(diff_id, format)
         trace("publish.synced")
         os.rename(staged.path, target)
         trace("publish.renamed")
+        sync_directory(target.parent)
+
+    def _publish_table(self, staged: Staged, target: Path) -> None:
+        os.fsync(staged.table_fd)
+        named = staged.path.with_suffix(".table")
+        # Only with a descriptor does Python follow the link there; the path is absolute, it means nothing.
+        os.link(f"/proc/self/fd/{staged.table_fd}", named, src_dir_fd=staged.table_fd)
+        os.rename(named, target)
+        trace("publish.table_renamed")
         sync_directory(target.parent)
 
     def contradiction(self, layer: Layer) -> str:
@@ -113,14 +132,24 @@ class LayerStore:
             return "is another layer's"
         return ""
 
+    def lacks_table(self, layer: Layer) -> bool:
+        """What is missing keeps no container from starting, and every other chain from being committed on the layer."""
+        return layer.has_table and not self.table_path(layer.diff_id, layer.format).exists()
+
+    def drop_table(self, layer: Layer) -> None:
+        """A bad one: the next build of the layer makes it again."""
+        self.table_path(layer.diff_id, layer.format).unlink(missing_ok=True)
+
     def listing(self) -> list[tuple[str, str]]:
-        """(diff ID, format) of every file, whatever its worth."""
-        return [
+        """(diff ID, format) of every file, whatever its worth, and of every table."""
+        found = {
             (f"sha256:{entry.name}", directory.name)
-            for directory in sorted(self._layers.iterdir())
+            for top in (self._layers, self._tables)
+            for directory in top.iterdir()
             if directory.is_dir()
-            for entry in sorted(directory.iterdir())
-        ]
+            for entry in directory.iterdir()
+        }
+        return sorted(found, key=lambda file: (file[1], file[0]))
 
     def quarantine(self, diff_id: str, format: str) -> None:
         """Out of the way, for somebody to look at."""
@@ -130,10 +159,10 @@ class LayerStore:
             os.rename(self.path(diff_id, format), place / f"{format}-{diff_id.removeprefix('sha256:')}")
 
     def delete(self, diff_id: str, format: str) -> None:
-        path = self.path(diff_id, format)
-        with suppress(FileNotFoundError):
-            path.unlink()
-            sync_directory(path.parent)
+        for path in (self.path(diff_id, format), self.table_path(diff_id, format)):
+            with suppress(FileNotFoundError):
+                path.unlink()
+                sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
+from typing import Concatenate, Final, NewType, ParamSpec, Protocol, TypeVar
 
 from blockdev.workers.launch import BuildRecord
 from snapshotter.errors import (
@@ -82,12 +82,14 @@ _MIGRATIONS: Final = (
         labels TEXT NOT NULL,
         chain_id TEXT,
         layer_id INTEGER REFERENCES layers (id),
+        parents_layer_id INTEGER REFERENCES layers (id),
         created_ns INTEGER NOT NULL,
         updated_ns INTEGER NOT NULL,
         UNIQUE (snapshotter, name)
     ) STRICT;
     CREATE INDEX snapshots_parent ON snapshots (parent_id);
     CREATE INDEX snapshots_layer ON snapshots (layer_id);
+    CREATE INDEX snapshots_parents_layer ON snapshots (parents_layer_id);
     CREATE INDEX blobs_diff_id ON blobs (diff_id);
     """,
 )
@@ -111,7 +113,10 @@ class LayerState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer file. Sizes in bytes, `diff_id` with "sha256:", `root_hash` in hexadecimal."""
+    """One layer file. Sizes in bytes, `diff_id` with "sha256:", `root_hash` in hexadecimal.
+
+    Of a parents layer `diff_id` is the identity and `tar_size_bytes` the size of its table.
+    """
 
     id: LayerID
     diff_id: str
@@ -128,10 +133,18 @@ class Layer:
     created_ns: int
     shared_by: int = 0  # committed snapshots that refer to it; only where a listing counts them
 
+    @property
+    def has_table(self) -> bool:
+        """Of directories that it made for want of an entry; an empty one where none of them is left."""
+        return bool(self.warnings.get("invented_directories"))
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`parent` is a name or "". `layer_id` of an active snapshot: what was applied to it."""
+    """`parent` is a name or "". `layer_id` of an active snapshot: what was applied to it.
+
+    `parents_layer_id`: what goes on top of the chain, of a committed snapshot whose chain needs one.
+    """
 
     id: SnapshotID
     snapshotter: str
@@ -145,11 +158,35 @@ class Snapshot:
     layer_id: LayerID | None
     created_ns: int
     updated_ns: int
+    parents_layer_id: LayerID | None = None
 
     @property
     def has_directory(self) -> bool:
         """Whether it has bytes or mounts of its own; a committed snapshot and most views of layers have none."""
         return self.kind is Kind.ACTIVE or (self.kind is Kind.VIEW and (not self.parent_id or UID_LABEL in self.labels))
+
+
+class BuiltFile(Protocol):
+    """What is said of a finished layer file, in the words of Layer."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def diff_id(self) -> str: ...
+    @property
+    def root_hash(self) -> str: ...
+    @property
+    def tar_size_bytes(self) -> int: ...
+    @property
+    def data_size_bytes(self) -> int: ...
+    @property
+    def tree_size_bytes(self) -> int: ...
+    @property
+    def file_size_bytes(self) -> int: ...
+    @property
+    def entries(self) -> int: ...
+    @property
+    def warnings(self) -> dict[str, int]: ...
 
 
 _LAYER: Final = (
@@ -158,7 +195,8 @@ _LAYER: Final = (
 )
 _SNAPSHOT: Final = (
     "s.id, s.snapshotter, s.name, coalesce(p.name, ''), s.parent_id, s.kind, s.extraction, s.labels, s.chain_id,"
-    " s.layer_id, s.created_ns, s.updated_ns FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent_id"
+    " s.layer_id, s.created_ns, s.updated_ns, s.parents_layer_id"
+    " FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent_id"
 )
 
 
@@ -323,6 +361,7 @@ class _Database:
         layer_id: LayerID,
         chain: ChainID | None,
         parent_id: SnapshotID | None,
+        parents_layer_id: LayerID | None = None,
     ) -> None:
         if self.snapshot(snapshot.snapshotter, name):
             raise AlreadyExists(f"snapshot {name!r} of {snapshot.snapshotter} exists already")
@@ -336,8 +375,19 @@ class _Database:
         # A parent that it gets only now may be younger than it: its id is no measure of the order then.
         self.connection.execute(
             "UPDATE snapshots SET name = ?, kind = ?, extraction = 0, labels = ?, layer_id = ?, chain_id = ?,"
-            " parent_id = ?, created_ns = ?, updated_ns = ? WHERE id = ?",
-            (name, Kind.COMMITTED, _json(_kept(labels)), layer_id, chain, parent_id, now, now, snapshot.id),
+            " parent_id = ?, parents_layer_id = ?, created_ns = ?, updated_ns = ? WHERE id = ?",
+            (
+                name,
+                Kind.COMMITTED,
+                _json(_kept(labels)),
+                layer_id,
+                chain,
+                parent_id,
+                parents_layer_id,
+                now,
+                now,
+                snapshot.id,
+            ),  # fmt: skip
         )
 
     def remove(self, snapshotter: str, key: str) -> Snapshot:
@@ -363,10 +413,11 @@ class _Database:
         return self.existing(snapshotter, name)
 
     def chain(self, snapshot_id: SnapshotID | None) -> list[Layer]:
-        """Layers of a committed snapshot and its parents, topmost first."""
+        """Layers of a committed snapshot and its parents, topmost first; the chain's parents layer is on top."""
         rows = self.connection.execute(
             "WITH RECURSIVE up (depth, parent_id, layer_id) AS ("
-            " SELECT 0, parent_id, layer_id FROM snapshots WHERE id = ?"
+            " SELECT -1, NULL, parents_layer_id FROM snapshots WHERE id = ?1"
+            " UNION ALL SELECT 0, parent_id, layer_id FROM snapshots WHERE id = ?1"
             " UNION ALL SELECT depth + 1, s.parent_id, s.layer_id FROM snapshots s JOIN up ON s.id = up.parent_id)"
             f" SELECT {_LAYER} FROM up JOIN layers ON layers.id = up.layer_id ORDER BY depth",
             (snapshot_id,),
@@ -377,9 +428,11 @@ class _Database:
         """Layers below any container's snapshot: those that a host contract keeps mounted."""
         rows = self.connection.execute(
             "WITH RECURSIVE up (id, parent_id, layer_id) AS ("
-            " SELECT id, parent_id, NULL FROM snapshots WHERE kind != ? AND NOT extraction"
+            " SELECT id, parent_id, NULL FROM snapshots WHERE kind != ?1 AND NOT extraction"
             " UNION SELECT s.id, s.parent_id, s.layer_id FROM snapshots s JOIN up ON s.id = up.parent_id)"
-            " SELECT DISTINCT layer_id FROM up WHERE layer_id IS NOT NULL",
+            " SELECT layer_id FROM up WHERE layer_id IS NOT NULL"
+            " UNION SELECT p.parents_layer_id FROM snapshots s JOIN snapshots p ON p.id = s.parent_id"
+            " WHERE s.kind != ?1 AND NOT s.extraction AND p.parents_layer_id IS NOT NULL",
             (Kind.COMMITTED,),
         )
         return {LayerID(row[0]) for row in rows}
@@ -396,9 +449,8 @@ class _Database:
 
     def layers(self) -> list[Layer]:
         rows = self.connection.execute(
-            f"SELECT {_LAYER}, count(snapshots.id) FROM layers"
-            " LEFT JOIN snapshots ON snapshots.layer_id = layers.id AND snapshots.kind = ?"
-            " GROUP BY layers.id ORDER BY layers.id",
+            f"SELECT {_LAYER}, (SELECT count(*) FROM snapshots s WHERE s.layer_id = layers.id AND s.kind = ?)"
+            " + (SELECT count(*) FROM snapshots s WHERE s.parents_layer_id = layers.id) FROM layers ORDER BY layers.id",
             (Kind.COMMITTED,),
         )
         return [_layer(row) for row in rows]
@@ -411,6 +463,13 @@ class _Database:
 
     def publish(self, record: BuildRecord, compression: str, build_seconds: float) -> Layer:
         trace("publish.in_transaction")
+        self.connection.execute(
+            "INSERT OR REPLACE INTO blobs (digest, compression, size_bytes, diff_id) VALUES (?, ?, ?, ?)",
+            (record.blob_digest, compression, record.blob_size_bytes, record.diff_id),
+        )
+        return self.publish_layer(record, build_seconds)
+
+    def publish_layer(self, record: BuiltFile, build_seconds: float) -> Layer:
         values = (
             record.diff_id, record.format, record.root_hash, record.tar_size_bytes, record.data_size_bytes,
             record.tree_size_bytes, record.file_size_bytes, record.entries, _json(record.warnings), LayerState.READY,
@@ -421,10 +480,6 @@ class _Database:
             " file_size_bytes, entries, warnings, state, build_seconds, created_ns)"
             f" VALUES ({', '.join('?' * len(values))}) ON CONFLICT (diff_id, format) DO UPDATE SET state = 'ready'",
             values,
-        )
-        self.connection.execute(
-            "INSERT OR REPLACE INTO blobs (digest, compression, size_bytes, diff_id) VALUES (?, ?, ?, ?)",
-            (record.blob_digest, compression, record.blob_size_bytes, record.diff_id),
         )
         layer = self.layer(record.diff_id, record.format)
         assert layer is not None
@@ -440,7 +495,10 @@ class _Database:
 
     def delete_layer(self, layer_id: LayerID) -> bool:
         """False where a snapshot refers to it."""
-        if self.connection.execute("SELECT 1 FROM snapshots WHERE layer_id = ? LIMIT 1", (layer_id,)).fetchone():
+        used = (
+            "SELECT 1 FROM snapshots WHERE layer_id = ?1 UNION ALL SELECT 1 FROM snapshots WHERE parents_layer_id = ?1"
+        )
+        if self.connection.execute(f"{used} LIMIT 1", (layer_id,)).fetchone():
             return False
         self.connection.execute(
             "DELETE FROM blobs WHERE diff_id = (SELECT diff_id FROM layers WHERE id = ?1) AND NOT EXISTS"
@@ -559,9 +617,10 @@ class Metastore:
         layer_id: LayerID,
         chain: ChainID | None,
         parent_id: SnapshotID | None,
+        parents_layer_id: LayerID | None = None,
     ) -> None:
         """Raises AlreadyExists (name), NotFound (it, or its parent), FailedPrecondition (not active)."""
-        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain, parent_id)
+        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain, parent_id, parents_layer_id)
 
     async def remove(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound, FailedPrecondition (has children)."""
@@ -599,6 +658,10 @@ class Metastore:
     async def publish(self, record: BuildRecord, compression: str, build_seconds: float) -> Layer:
         """The layer READY and the mapping from its blob, in one transaction. Raises Internal."""
         return await self._run(_Database.publish, record, compression, build_seconds)
+
+    async def publish_layer(self, record: BuiltFile, build_seconds: float) -> Layer:
+        """As `publish`, of a layer that no blob leads to. Raises Internal."""
+        return await self._run(_Database.publish_layer, record, build_seconds)
 
     async def mark_broken(self, layer_ids: Iterable[LayerID]) -> None:
         await self._run(_Database.mark_broken, list(layer_ids))

@@ -8,11 +8,13 @@ leaves between two of these steps, `reconcile` finishes or undoes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from blockdev.formats.compression import MEDIA_TYPES
+from blockdev.formats.layer_file import PARENTS_FORMAT
 from snapshotter import metrics
 from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
@@ -34,8 +36,9 @@ from snapshotter.filters import Subject, compile_filters
 from snapshotter.idmap import GID_LABEL, UID_LABEL, IDMapping, keeping, mapping_of
 from snapshotter.layerstore import LayerStore
 from snapshotter.log import get_logger
-from snapshotter.metastore import Kind, Layer, LayerState, Metastore, Snapshot, SnapshotID
+from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component
+from snapshotter.parents import Parents
 from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
 
@@ -69,13 +72,15 @@ class Snapshots:
         self._cache_bytes = cache_bytes
         formats = {name: named.format for name, named in names.items()}
         self._candidates = Candidates(formats, builder, content)
+        self._parents = Parents(metastore, store, builder)
         self._background = Background()
         # Once containerd has called Apply it will again, with the very blob: nothing is left to guess.
         self._applies = False
         self._log = get_logger()
 
     async def resume(self) -> None:
-        """What an unpacker may still be filling since before the start."""
+        """What an unpacker may still be filling since before the start, and what was found broken and can be mended."""
+        await self._parents.mend()
         for snapshot in await self._metastore.snapshots():
             if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
                 self._expect(snapshot, Caller.of({}, snapshot.name))
@@ -130,8 +135,9 @@ class Snapshots:
         if is_digest(promised) and chain != promised:
             below = repr(above.name) if above else "nothing"
             raise FailedPrecondition(f"layer {layer.diff_id} on {below} has the chain ID {chain}, not {promised}")
+        on_top = await self._parents.of(above, layer)
         trace("commit.checked")
-        await to_the_end(self._commit(snapshot, name, labels, layer, chain, above))
+        await to_the_end(self._commit(snapshot, name, labels, layer, chain, above, on_top))
 
     async def _commit(
         self,
@@ -141,8 +147,9 @@ class Snapshots:
         layer: Layer,
         chain: ChainID | None,
         parent: Snapshot | None,
+        on_top: LayerID | None,
     ) -> None:
-        await self._metastore.commit(snapshot, name, labels, layer.id, chain, parent.id if parent else None)
+        await self._metastore.commit(snapshot, name, labels, layer.id, chain, parent.id if parent else None, on_top)
         trace("commit.committed")
         self._candidates.forget(snapshot.id)
         self._background.later("what a committed snapshot leaves", self._leave(snapshot))
@@ -256,6 +263,9 @@ class Snapshots:
         if not await self._metastore.set_layer(snapshot_id, layer.id):
             raise NotFound(f"snapshot {snapshot.name!r} went away during the build of layer {layer.diff_id}")
         trace("apply.recorded")
+        if snapshot.parent_id:
+            # Not waited for in containerd's write transaction, as at Commit.
+            await self._parents.of(await self._metastore.by_id(snapshot.parent_id), layer)
         return layer
 
     def _ours(self, mounts: Sequence[Mount]) -> SnapshotID | None:
@@ -348,17 +358,32 @@ class Snapshots:
                 check_layers(found, named.max_layers, snapshot.snapshotter, snapshot.parent)
             return found
 
-        try:
+        lowers: list[Path] = []
+        if contract.ACTIVATES and snapshot.parent_id:
             mapped = (self._directories.lowers(snapshot.id), mapping) if mapping else None
-            lowers = await self._activation.ensure(layers, mapped) if contract.ACTIVATES and snapshot.parent_id else []
-        except BrokenLayer as error:
-            await self._metastore.mark_broken([error.layer.id])
-            raise
+            lowers = await self._activated(snapshot, layers, mapped)
         if new and mapping:
             await to_the_end(asyncio.to_thread(self._directories.own, snapshot.id, *mapping.root))
         if snapshot.kind is Kind.VIEW:
             return contract.container_mounts(lowers or [filled], None, None)
         return contract.container_mounts(lowers, filled, work)
+
+    async def _activated(
+        self,
+        snapshot: Snapshot,
+        layers: Callable[[], Awaitable[Sequence[Layer]]],
+        mapped: tuple[Path, IDMapping] | None,
+    ) -> list[Path]:
+        """Where the layers are mounted. Raises BrokenLayer; not for a parents layer that can be made again."""
+        try:
+            return await self._activation.ensure(layers, mapped)
+        except BrokenLayer as error:
+            await self._metastore.mark_broken([error.layer.id])
+            parent = await self._metastore.by_id(snapshot.parent_id) if snapshot.parent_id else None
+            if error.layer.format != PARENTS_FORMAT or parent is None:
+                raise
+            await self._parents.again(parent)
+        return await self._activation.ensure(layers, mapped)
 
     async def _parent_at_commit(self, snapshot: Snapshot, parent: str) -> Snapshot | None:
         """Its own, or the one that the caller names for a snapshot that was prepared without."""

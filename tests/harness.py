@@ -26,10 +26,10 @@ from typing import Any, Final
 
 import grpc
 
+from blockdev.formats.layer_file import FORMATS
 from blockdev.kernel.mounts import mounted_below, parse_mountinfo
 from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 from verity import veritysetup
-from verity.params import PRESETS
 from verity.tree import Geometry
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -199,7 +199,7 @@ class Daemon(Server):
     def verify_layer(self, layer: Mapping[str, Any]) -> None:
         """cryptsetup's veritysetup, which knows nothing of us, about a row of `tardevctl layers`."""
         path = self.root / "layers" / layer["format"] / layer["diff_id"].removeprefix("sha256:")
-        params = PRESETS[layer["format"]]
+        params = FORMATS[layer["format"]].params
         geometry = Geometry(layer["data_size_bytes"] // params.data_block_bytes, params)
         veritysetup.verify(str(path), geometry, bytes.fromhex(layer["root_hash"]))
 

@@ -40,12 +40,14 @@ def snapshots(config_file: ConfigFile = None, as_json: AsJSON = False) -> None:
 
     def row(snapshot: Snapshot) -> dict[str, Any]:
         layer = by_id.get(snapshot.layer_id) if snapshot.layer_id else None
+        on_top = by_id.get(snapshot.parents_layer_id) if snapshot.parents_layer_id else None
         return {
             "snapshotter": snapshot.snapshotter,
             "kind": snapshot.kind.value,
             "name": snapshot.name,
             "parent": snapshot.parent,
             "diff_id": layer.diff_id if layer else "",
+            "parents_layer": on_top.diff_id if on_top else "",
             "labels": snapshot.labels,
             "created_ns": snapshot.created_ns,
         }
@@ -75,7 +77,7 @@ def layers(config_file: ConfigFile = None, as_json: AsJSON = False) -> None:
         }
 
     _, found = metastore.read(_database(config_file))
-    columns = ("diff_id", "root_hash", "file_size_bytes", "build_seconds", "shared_by", "state")
+    columns = ("diff_id", "format", "root_hash", "file_size_bytes", "build_seconds", "shared_by", "state")
     rows([row(layer) for layer in found], columns, as_json)
 
 

@@ -536,7 +536,7 @@ async def test_a_chain_may_be_very_long(store: Metastore, path: Path) -> None:
         for number in range(1, 1000):
             other.execute(
                 "INSERT INTO snapshots SELECT NULL, snapshotter, ?, max(id), kind, extraction, labels, chain_id,"
-                " layer_id, created_ns, updated_ns FROM snapshots",
+                " layer_id, parents_layer_id, created_ns, updated_ns FROM snapshots",
                 (str(number),),
             )
     top = await store.stat(S, "999")
@@ -561,6 +561,45 @@ async def test_layers_in_use_are_those_below_containers(store: Metastore) -> Non
     assert await store.layers_in_use() == {layers[0].id, layers[1].id, layers[3].id}
     await store.remove(S, "pod")
     assert await store.layers_in_use() == {layers[3].id}
+
+
+async def on_top(store: Metastore, name: str, layer: Layer, parents: Layer, parent: str) -> Snapshot:
+    """Committed, with a parents layer."""
+    active = await create(store, f"extract {name}", parent, extraction=True)
+    await store.commit(active, name, {}, layer.id, None, active.parent_id, parents.id)
+    return await store.stat(S, name)
+
+
+async def test_a_parents_layer_is_on_top_of_its_own_chain_alone(store: Metastore) -> None:
+    low, high, top = [await store.publish(record(name), "gzip", 1.0) for name in "012"]
+    parents = await store.publish_layer(record("a", format="tar-index-parents"), 0.1)
+    assert await store.blob(record("a").blob_digest, "gzip") is None
+    await committed(store, "low", low)
+    middle = await on_top(store, "middle", high, parents, "low")
+    assert middle.parents_layer_id == parents.id
+    above = await committed(store, "above", top, "middle")
+    assert above.parents_layer_id is None
+    assert [layer.id for layer in await store.chain(middle.id)] == [parents.id, high.id, low.id]
+    assert [layer.id for layer in await store.chain(above.id)] == [top.id, high.id, low.id]
+    # In use for who stands on that very chain.
+    await create(store, "pod", "above")
+    assert await store.layers_in_use() == {low.id, high.id, top.id}
+    await create(store, "other pod", "middle")
+    assert await store.layers_in_use() == {low.id, high.id, top.id, parents.id}
+
+
+async def test_a_parents_layer_that_a_snapshot_refers_to_stays(store: Metastore) -> None:
+    low, high = [await store.publish(record(name), "gzip", 1.0) for name in "01"]
+    parents = await store.publish_layer(record("a", format="tar-index-parents"), 0.1)
+    await committed(store, "low", low)
+    await on_top(store, "one", high, parents, "low")
+    await on_top(store, "two", high, parents, "low")
+    assert [(row.id, row.shared_by) for row in await store.layers()] == [(low.id, 1), (high.id, 2), (parents.id, 2)]
+    await store.remove(S, "one")
+    assert not await store.delete_layer(parents.id)
+    await store.remove(S, "two")
+    assert await store.delete_layer(parents.id)
+    assert await store.layer_by_id(parents.id) is None
 
 
 # The file

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parents layer of a chain: found by its identity, made where it is not there yet, made again where it was lost.
+
+What one carries is a function of the layers below it (`blockdev.formats.parents`). It is worked out from the parents
+layer of the chain below and the new layer's own table, so that a chain of 128 layers costs no more than one of two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from blockdev.errors import BlockdevError, FormatError
+from blockdev.formats import directory_table, parents
+from blockdev.formats.directory_table import Record
+from blockdev.formats.erofs_reader import Reader
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, PARENTS_FORMAT, open_layer_file
+from blockdev.formats.layer_writer import LayerWriter
+from blockdev.formats.limits import Limits
+from blockdev.formats.parents import Carried, Cursor
+from snapshotter.activation import BrokenLayer
+from snapshotter.builder import Builder
+from snapshotter.errors import Internal, translate
+from snapshotter.layerstore import LayerStore, Staged
+from snapshotter.log import get_logger
+from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
+from snapshotter.tasks import to_the_end
+from snapshotter.trace import trace
+from verity.buffers import Buffer, ReadAt
+from verity.errors import VerityError
+from verity.hasher import LeafStore
+from verity.verify import VerifiedReader
+
+# Formats whose layers may have made directories that an overlay would show; all layers of a chain have one format.
+_FORMATS: Final = frozenset({"tar-index"})
+_REMEMBERED: Final = 1000
+
+
+class BrokenTable(BrokenLayer):
+    """Its file is sound: the table of its made directories is missing or bad, and another Apply of it mends that."""
+
+    def __init__(self, layer: Layer, why: str) -> None:
+        super().__init__(layer, why)
+        self.args = (f"layer {layer.diff_id}: its directory table: {why}; pull the image again",)
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    format: str
+    diff_id: str
+    root_hash: str
+    tar_size_bytes: int
+    data_size_bytes: int
+    tree_size_bytes: int
+    file_size_bytes: int
+    entries: int
+    warnings: dict[str, int]
+
+
+class Parents:
+    def __init__(self, metastore: Metastore, store: LayerStore, builder: Builder) -> None:
+        self._metastore, self._store, self._builder = metastore, store, builder
+        # Worked out at Apply, for the Commit that follows it: containerd holds its write transaction then.
+        self._known: dict[tuple[SnapshotID, LayerID], LayerID | None] = {}
+        self._log = get_logger()
+
+    async def of(self, parent: Snapshot | None, layer: Layer) -> LayerID | None:
+        """What goes on top of `layer` on the committed snapshot `parent`; None where their chain needs nothing.
+
+        Raises BrokenLayer, ResourceExhausted (too much to carry, no space), InvalidArgument (xattrs that no
+        directory can have together), Internal.
+        """
+        if parent is None or layer.format not in _FORMATS:
+            return None
+        if parent.parents_layer_id is None and not layer.has_table:
+            return None
+        key = (parent.id, layer.id)
+        if key in self._known:
+            known = self._known[key]
+            found = await self._metastore.layer_by_id(known) if known is not None else None
+            if known is None or (found is not None and found.state is LayerState.READY):
+                if found is not None:
+                    self._builder.touch(found)
+                return known
+        table = await self._table_with(parent, layer)
+        made = await self._stored(table) if table else None
+        while len(self._known) >= _REMEMBERED:
+            self._known.pop(next(iter(self._known)))
+        self._known[key] = made.id if made is not None else None
+        return self._known[key]
+
+    async def again(self, snapshot: Snapshot) -> None:
+        """Make the lost parents layer of a committed snapshot once more, from all of its layers.
+
+        Raises as `of`; Internal where something else comes of it.
+        """
+        chain = await self._metastore.chain(snapshot.id)
+        layers = [layer for layer in chain if layer.format != PARENTS_FORMAT][::-1]
+        lost = next((layer for layer in chain if layer.format == PARENTS_FORMAT), None)
+        if lost is None:
+            return
+        table = await self._run(lambda files: _packed(_carried_by(files, layers)))
+        if _identity(table) != lost.diff_id:
+            raise Internal(f"the layers of snapshot {snapshot.name!r} do not give the parents layer {lost.diff_id}")
+        await self._stored(table)
+
+    async def mend(self) -> None:
+        """All that were found broken. What cannot be made again is logged; a container on it meets it once more."""
+        broken = {
+            layer.id
+            for layer in await self._metastore.layers()
+            if layer.format == PARENTS_FORMAT and layer.state is LayerState.BROKEN
+        }
+        for snapshot in await self._metastore.snapshots() if broken else ():
+            if snapshot.parents_layer_id in broken:
+                try:
+                    await self.again(snapshot)
+                except Exception as error:
+                    what = f"{type(error).__name__}: {error}"
+                    self._log.error("a parents layer cannot be made again", key=snapshot.name, error=what)
+
+    async def _table_with(self, parent: Snapshot, layer: Layer) -> bytes:
+        """Empty where nothing is needed."""
+        for last in (False, True):
+            chain = await self._metastore.chain(parent.id)
+            below = next((each for each in chain if each.format == PARENTS_FORMAT), None)
+            lowers = [each for each in chain if each is not below]
+            if any(each.format != layer.format for each in lowers):
+                return b""  # no runtime stacks them
+            try:
+                return await self._run(partial(_table_above, below, lowers, layer))
+            except BrokenLayer as error:
+                if last or error.layer.format != PARENTS_FORMAT:
+                    raise
+                await self.again(parent)
+        raise AssertionError("unreachable")
+
+    async def _run(self, work: Callable[[_Files], bytes]) -> bytes:
+        def call() -> bytes:
+            with _Files(self._store) as files:
+                return work(files)
+
+        try:
+            return await asyncio.to_thread(call)
+        except BrokenTable as error:
+            self._log.error("directory table is broken", diff_id=error.layer.diff_id, reason=str(error))
+            await asyncio.to_thread(self._store.drop_table, error.layer)
+            raise
+        except BrokenLayer as error:
+            self._log.error("layer file is broken", diff_id=error.layer.diff_id, reason=str(error))
+            await self._metastore.mark_broken([error.layer.id])
+            raise
+        except BlockdevError as error:
+            raise translate(error) from error
+
+    async def _stored(self, table: bytes) -> Layer:
+        """READY, by its identity."""
+        started = time.monotonic()
+        identity = _identity(table)
+        async with self._builder.publishing:
+            found = await self._metastore.layer(identity, PARENTS_FORMAT)
+            if found is not None and found.state is LayerState.READY and not await self._contradiction(found):
+                self._builder.touch(found)
+                return found
+            async with self._store.staged() as staged:
+                built = await asyncio.to_thread(_build, staged, table)
+                return await to_the_end(self._publish(staged, built, started))
+
+    async def _contradiction(self, layer: Layer) -> str:
+        return await asyncio.to_thread(self._store.contradiction, layer)
+
+    async def _publish(self, staged: Staged, built: _Built, started: float) -> Layer:
+        await asyncio.to_thread(self._store.publish, staged, built.diff_id, built.format)
+        trace("parents.published")
+        layer = await self._metastore.publish_layer(built, time.monotonic() - started)
+        self._builder.touch(layer)
+        self._log.info("parents layer made", diff_id=layer.diff_id, root_hash=layer.root_hash, entries=layer.entries)
+        return layer
+
+
+def _identity(table: bytes) -> str:
+    return "sha256:" + hashlib.sha256(table).hexdigest()
+
+
+class _Files:
+    """Layer files and tables while they are read: every byte of an index through the hash tree of its row."""
+
+    def __init__(self, store: LayerStore) -> None:
+        self._store, self._open = store, ExitStack()
+        self._cursors: dict[LayerID, Cursor] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def _descriptor(self, path: Path) -> int:
+        """Raises FileNotFoundError, OSError."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open.callback(os.close, fd)
+        return fd
+
+    def _data(self, layer: Layer) -> tuple[ReadAt, int]:
+        """(the data area, its size)."""
+        try:
+            fd = self._descriptor(self._store.path(layer.diff_id, layer.format))
+            found = open_layer_file(lambda offset, size: os.pread(fd, size, offset), os.fstat(fd).st_size)
+            if found.format.name != layer.format or found.data_size_bytes != layer.data_size_bytes:
+                raise FormatError("is another layer's")
+        except (FileNotFoundError, FormatError) as error:
+            raise BrokenLayer(layer, str(error)) from None
+        verified = VerifiedReader(
+            lambda offset, size: os.pread(fd, size, offset), found.geometry, bytes.fromhex(layer.root_hash)
+        )
+
+        def read_at(offset: int, size: int) -> bytes:
+            try:
+                return verified(offset, size)
+            except (VerityError, OSError) as error:
+                raise BrokenLayer(layer, f"cannot be read: {error}") from None
+
+        return read_at, layer.data_size_bytes
+
+    def cursor(self, layer: Layer) -> Cursor:
+        if layer.id not in self._cursors:
+            self._cursors[layer.id] = Cursor(Reader(*self._data(layer)))
+        return self._cursors[layer.id]
+
+    def made(self, layer: Layer) -> Iterator[Record]:
+        """The table of the directories that the layer made."""
+        if not layer.has_table:
+            return
+        raw = bytes.fromhex(layer.diff_id.removeprefix("sha256:"))
+        try:
+            fd = self._descriptor(self._store.table_path(layer.diff_id, layer.format))
+            yield from directory_table.read_layer_table(
+                lambda offset, size: os.pread(fd, size, offset), os.fstat(fd).st_size, raw
+            )
+        except (FileNotFoundError, FormatError) as error:
+            raise BrokenTable(layer, str(error)) from None
+
+    def carried(self, layer: Layer) -> Carried:
+        """Of a parents layer."""
+        read_at, _ = self._data(layer)
+        try:
+            return parents.unpack(
+                directory_table.read_parents_table(
+                    lambda offset, size: read_at(HEAD_BYTES + offset, size), layer.tar_size_bytes
+                )
+            )
+        except FormatError as error:
+            raise BrokenLayer(layer, str(error)) from None
+
+
+def _packed(carried: Carried | None) -> bytes:
+    return parents.pack(carried) if carried is not None else b""
+
+
+def _table_above(below: Layer | None, lowers: Sequence[Layer], layer: Layer, files: _Files) -> bytes:
+    """`lowers`: topmost first."""
+    carried = files.carried(below) if below is not None else None
+    return _packed(parents.merged(carried, files.made(layer), files.cursor(layer), map(files.cursor, lowers)))
+
+
+def _carried_by(files: _Files, layers: Sequence[Layer]) -> Carried | None:
+    """`layers`: the first one first."""
+    carried: Carried | None = None
+    for number, layer in enumerate(layers):
+        if carried is not None or (number and layer.has_table):
+            lowers = map(files.cursor, reversed(layers[:number]))
+            carried = parents.merged(carried, files.made(layer), files.cursor(layer), lowers)
+    return carried
+
+
+def _build(staged: Staged, table: bytes) -> _Built:
+    """The layer file, into the staged one. Raises OSError."""
+    offset = HEAD_BYTES
+
+    def write(data: Buffer) -> None:
+        nonlocal offset
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(staged.fd, view, offset)
+            offset += written
+            view = view[written:]
+
+    def write_head(data: bytes) -> None:
+        if os.pwrite(staged.fd, data, 0) != len(data):
+            raise OSError("short write of the head")
+
+    writer = LayerWriter(
+        FORMATS[PARENTS_FORMAT], write=write, write_head=write_head, leaves=LeafStore(), limits=Limits()
+    )
+    writer.feed(table)
+    built = writer.finish(hashlib.sha256(table).digest())
+    return _Built(
+        built.format, "sha256:" + built.diff_id.hex(), built.root_hash.hex(), built.tar_size_bytes,
+        built.data_size_bytes, built.tree_size_bytes, built.file_size_bytes, built.entries, built.warnings,
+    )  # fmt: skip
