@@ -100,10 +100,12 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if not task.done():
                 task.cancel()
                 self._left.add(task)
+                metrics.RPC_LEFT.inc()
                 task.add_done_callback(self._over)
 
     def _over(self, task: asyncio.Task[Any]) -> None:
         self._left.discard(task)
+        metrics.RPC_LEFT.dec()
         if not task.cancelled():
             task.exception()  # nobody is left to be told
 

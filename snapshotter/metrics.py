@@ -13,6 +13,7 @@ _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 RPC_SECONDS: Final = Histogram("tardev_rpc_seconds", "Time of one call", ["method", "code"], buckets=_SECONDS)
 RPC_RUNNING: Final = Gauge("tardev_rpc_running", "Calls under way", ["method"])
+RPC_LEFT: Final = Gauge("tardev_rpc_left", "Steps that go on though their call was answered or its caller has gone")
 BUILDS: Final = Counter("tardev_builds", "Builds that ended", ["format", "result"])
 BUILD_SECONDS: Final = Histogram("tardev_build_seconds", "Time of one successful build", ["format"], buckets=_SECONDS)
 BUILD_BYTES: Final = Counter("tardev_build_tar_bytes", "Uncompressed bytes of built layers", ["format"])
