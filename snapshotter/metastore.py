@@ -373,21 +373,14 @@ class _Database:
             raise NotFound(f"the parent for snapshot {snapshot.name!r} was removed")
         now = time.time_ns()
         # A parent that it gets only now may be younger than it: its id is no measure of the order then.
+        values = (
+            name, Kind.COMMITTED, _json(_kept(labels)), layer_id, chain, parent_id, parents_layer_id, now, now,
+            snapshot.id,
+        )  # fmt: skip
         self.connection.execute(
             "UPDATE snapshots SET name = ?, kind = ?, extraction = 0, labels = ?, layer_id = ?, chain_id = ?,"
             " parent_id = ?, parents_layer_id = ?, created_ns = ?, updated_ns = ? WHERE id = ?",
-            (
-                name,
-                Kind.COMMITTED,
-                _json(_kept(labels)),
-                layer_id,
-                chain,
-                parent_id,
-                parents_layer_id,
-                now,
-                now,
-                snapshot.id,
-            ),  # fmt: skip
+            values,
         )
 
     def remove(self, snapshotter: str, key: str) -> Snapshot:

@@ -388,15 +388,6 @@ def test_what_cannot_be_committed(api: Api) -> None:
     api.commit(api.key(chain_of(["b"])), key)
 
 
-def test_a_commit_that_is_made_again_exists_already(api: Api) -> None:
-    """containerd crashed before it wrote down the first one; it then removes the key, which must be quiet."""
-    key = api.unpacked("a")
-    name = api.key(chain_of(["a"]))
-    api.commit(name, key)
-    assert name in refused(Code.ALREADY_EXISTS, api.commit, name, key)
-    refused(Code.NOT_FOUND, api.remove, key)
-
-
 def test_a_chain_id_that_is_not_of_these_layers(api: Api) -> None:
     below = api.layer("a")
     key = api.unpacked("a", "b", parent=below)
@@ -495,14 +486,6 @@ def test_a_snapshot_goes_with_all_that_is_in_it(api: Api) -> None:
     api.remove(view)
     wait_for("their directories go", lambda: not api.directories())
     assert api.daemon.address.exists()
-
-
-def test_a_half_made_snapshot_can_be_removed(api: Api) -> None:
-    key = api.key("k")
-    (mount,) = api.prepare(key)
-    Path(mount.source).rmdir()
-    api.remove(key)
-    assert api.list() == []
 
 
 def test_a_removed_key_is_free_again(api: Api) -> None:
@@ -823,15 +806,6 @@ def test_the_daemon_says_that_it_is_healthy(api: Api) -> None:
             reply = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         refused(Code.NOT_FOUND, stub.Check, health_pb2.HealthCheckRequest(service="other"), timeout=30)
-
-
-def test_one_spoilt_row_spoils_no_listing(api: Api) -> None:
-    keys = [api.key("a"), api.key("b"), api.key("c")]
-    for key in keys:
-        api.prepare(key)
-    with closing(sqlite3.connect(api.daemon.root / "metadata.db")) as beside, beside:
-        beside.execute("UPDATE snapshots SET labels = '{' WHERE name = ?", (keys[1],))
-    assert {keys[0], keys[2]} <= set(api.list())
 
 
 # The socket and the root directory
