@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,9 +43,6 @@ class Activation:
     def prepare(self) -> None:
         self._directory.mkdir(mode=0o700, exist_ok=True)
 
-    def _point(self, layer_id: LayerID) -> Path:
-        return self._directory / format(layer_id, "x")
-
     async def ensure(
         self,
         layers: Callable[[], Awaitable[Sequence[Layer]]],
@@ -62,20 +59,23 @@ class Activation:
 
     def _ensure(self, layers: Sequence[Layer], mapped: tuple[Path, IDMapping] | None) -> list[Path]:
         """Costs a look at each layer of the chain, whatever else is mounted on the host."""
-        points = [self._point(layer.id) for layer in layers]
+        wanted = {format(layer.id, "x"): layer for layer in layers}
+        names = [format(layer.id, "x") for layer in layers]
+        directory, there = self._directory, mounts.mounted_at(self._directory, wanted)
         made: list[Path] = []
         try:
-            for layer, point in zip(layers, points, strict=True):
-                if not mounts.is_mounted(point):
-                    self._mount(layer, point)
-                    made.append(point)
+            for name, layer in wanted.items():
+                if name not in there:
+                    self._mount(layer, directory / name)
+                    made.append(directory / name)
             if mapped:
-                points = _map(points, *mapped)
+                _map(directory, wanted, *mapped)
+                directory, _ = mapped
         except BaseException:
             for point in reversed(made):
                 _unmount_all(point)
             raise
-        return points
+        return [directory / name for name in names]
 
     def _mount(self, layer: Layer, point: Path) -> None:
         why = self._store.contradiction(layer)
@@ -91,11 +91,15 @@ class Activation:
                 point.rmdir()
             raise
 
-    async def release_unused(self, in_use: Callable[[], Awaitable[set[LayerID]]]) -> None:
-        """Unmount what no container needs. Raises KernelError, and what `in_use` raises."""
+    async def release_unused(self, in_use: Callable[[], Awaitable[set[LayerID] | None]]) -> None:
+        """Unmount what no container needs; nothing where `in_use` says None, for all that is mounted.
+
+        Raises KernelError, and what `in_use` raises.
+        """
         async with self._lock:
             needed = await in_use()
-            await to_the_end(asyncio.to_thread(self._release, needed))
+            if needed is not None:
+                await to_the_end(asyncio.to_thread(self._release, needed))
 
     def _release(self, needed: set[LayerID]) -> None:
         with os.scandir(self._directory) as entries:
@@ -113,17 +117,15 @@ class Activation:
         return {LayerID(int(name, 16)) for name in names if _is_id(name)}
 
 
-def _map(points: Sequence[Path], directory: Path, mapping: IDMapping) -> list[Path]:
+def _map(plain: Path, names: Collection[str], directory: Path, mapping: IDMapping) -> None:
     """The same mounts with these IDs. What fails between two of them the remover of the directory unmounts."""
-    targets = [directory / point.name for point in points]
-    missing = {target: point for target, point in zip(targets, points, strict=True) if not mounts.is_mounted(target)}
+    missing = set(names) - mounts.mounted_at(directory, names)
     if missing:
         directory.mkdir(mode=0o700, exist_ok=True)
         with idmap.user_namespace(*mapping.maps) as user_namespace_fd:
-            for target, point in missing.items():
-                target.mkdir(mode=0o700, exist_ok=True)
-                idmap.mount_mapped(point, target, user_namespace_fd)
-    return targets
+            for name in missing:
+                (directory / name).mkdir(mode=0o700, exist_ok=True)
+                idmap.mount_mapped(plain / name, directory / name, user_namespace_fd)
 
 
 def _unmount_all(point: Path) -> None:

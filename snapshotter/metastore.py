@@ -420,15 +420,24 @@ class _Database:
     def layers_in_use(self) -> set[LayerID]:
         """Layers below any container's snapshot: those that a host contract keeps mounted."""
         rows = self.connection.execute(
-            "WITH RECURSIVE up (id, parent_id, layer_id) AS ("
-            " SELECT id, parent_id, NULL FROM snapshots WHERE kind != ?1 AND NOT extraction"
-            " UNION SELECT s.id, s.parent_id, s.layer_id FROM snapshots s JOIN up ON s.id = up.parent_id)"
-            " SELECT layer_id FROM up WHERE layer_id IS NOT NULL"
-            " UNION SELECT p.parents_layer_id FROM snapshots s JOIN snapshots p ON p.id = s.parent_id"
-            " WHERE s.kind != ?1 AND NOT s.extraction AND p.parents_layer_id IS NOT NULL",
+            # Containers are many, images few.
+            "WITH RECURSIVE below (id) AS ("
+            " SELECT DISTINCT parent_id FROM snapshots WHERE kind != ? AND NOT extraction AND parent_id IS NOT NULL),"
+            " up (id) AS (SELECT id FROM below"
+            " UNION SELECT s.parent_id FROM snapshots s JOIN up ON s.id = up.id WHERE s.parent_id IS NOT NULL)"
+            " SELECT s.layer_id FROM snapshots s JOIN up ON s.id = up.id WHERE s.layer_id IS NOT NULL"
+            " UNION SELECT s.parents_layer_id FROM snapshots s JOIN below ON s.id = below.id"
+            " WHERE s.parents_layer_id IS NOT NULL",
             (Kind.COMMITTED,),
         )
         return {LayerID(row[0]) for row in rows}
+
+    def has_container(self, parent_id: SnapshotID) -> bool:
+        row = self.connection.execute(
+            "SELECT 1 FROM snapshots WHERE parent_id = ? AND kind != ? AND NOT extraction LIMIT 1",
+            (parent_id, Kind.COMMITTED),
+        ).fetchone()
+        return row is not None
 
     def layer(self, diff_id: str, format: str) -> Layer | None:
         row = self.connection.execute(
@@ -634,6 +643,10 @@ class Metastore:
 
     async def layers_in_use(self) -> set[LayerID]:
         return await self._run(_Database.layers_in_use)
+
+    async def has_container(self, parent_id: SnapshotID) -> bool:
+        """Whether a container stands on it, and so on all layers below it."""
+        return await self._run(_Database.has_container, parent_id)
 
     async def layer(self, diff_id: str, format: str) -> Layer | None:
         return await self._run(_Database.layer, diff_id, format)

@@ -287,12 +287,17 @@ class Snapshots:
         """Mounts and directory of one that is active no more: in this order, for a call may still be mounting."""
         try:
             if not snapshot.extraction:
-                await self._release()
+                await self._release(snapshot)
         finally:
             await self._directories.remove(str(snapshot.id))
 
-    async def _release(self) -> None:
-        await self._activation.release_unused(self._metastore.layers_in_use)
+    async def _release(self, gone: Snapshot) -> None:
+        async def in_use() -> set[LayerID] | None:
+            if gone.parent_id is None or await self._metastore.has_container(gone.parent_id):
+                return None
+            return await self._metastore.layers_in_use()
+
+        await self._activation.release_unused(in_use)
 
     async def _create(
         self, snapshotter: str, key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, extraction: bool

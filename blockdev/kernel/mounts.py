@@ -7,6 +7,8 @@ import ctypes
 import errno
 import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +24,7 @@ _MNT_DETACH: Final = 0x2
 _UMOUNT_NOFOLLOW: Final = 0x8
 # EROFS mounts a plain file since 6.12; before 6.12.2 one such mount could not be told from another.
 _FILE_BACKED_SINCE: Final = (6, 12, 2)
+_ESCAPED: Final = re.compile(r"[ \t\n\\]")  # in paths; "#" only in sources
 _OCTAL_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,27 +53,45 @@ def _unescape(field: str) -> str:
     return _OCTAL_ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)
 
 
+def _escaped(path: str) -> str:
+    return _ESCAPED.sub(lambda match: f"\\{ord(match[0]):03o}", path)
+
+
 def mounted_below(directory: Path) -> list[MountEntry]:
-    """Mounts in `directory`, itself left out. Raises KernelError."""
+    """Mounts in `directory`, itself left out. Raises KernelError.
+
+    Of a table that may have thousands of lines, only those that name the directory are looked at.
+    """
     prefix = str(directory) + "/"
+    named = os.fsencode(_escaped(prefix))
     try:
-        text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+        table = Path("/proc/self/mountinfo").read_bytes()
     except OSError as error:
         raise KernelError(f"cannot read mountinfo: {error}") from None
+    if named not in table:
+        return []
+    text = os.fsdecode(b"\n".join(line for line in table.split(b"\n") if named in line))
     return [entry for entry in parse_mountinfo(text) if entry.mount_point.startswith(prefix)]
 
 
-def is_mounted(point: Path) -> bool:
-    """Whether another file system than that of its parent shows at `point`; a directory that is not there has none.
+def mounted_at(directory: Path, names: Iterable[str]) -> set[str]:
+    """Those of the names in `directory` at which another file system shows; one that is not there is none of them.
 
-    Two stat(2), however many mounts there are: mountinfo is as long as all of them. Raises KernelError.
+    One stat(2) each, however many mounts there are: mountinfo is as long as all of them. Raises KernelError.
     """
+    found = set()
+    prefix = f"{directory}/"
     try:
-        return os.lstat(point).st_dev != os.lstat(point.parent).st_dev
+        device = os.lstat(prefix).st_dev
+        for name in names:
+            with suppress(FileNotFoundError):
+                if os.lstat(prefix + name).st_dev != device:
+                    found.add(name)
     except FileNotFoundError:
-        return False
+        return set()
     except OSError as error:
-        raise KernelError(f"cannot look at {point}: {error}") from None
+        raise KernelError(f"cannot look for mounts in {directory}: {error}") from None
+    return found
 
 
 def kernel_release(text: str) -> tuple[int, int, int]:

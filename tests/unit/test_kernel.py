@@ -10,6 +10,7 @@ import pytest
 from blockdev.errors import KernelError
 from blockdev.kernel import idmap, loop, mounts
 from blockdev.kernel.mounts import MountEntry, kernel_release, mounted_below, parse_mountinfo
+from tests.harness import run
 
 # man 5 proc_pid_mountinfo: none, one and several optional fields
 TABLE = """\
@@ -183,3 +184,29 @@ def test_what_cannot_be_mounted_with_mapped_ids_is_named_and_leaves_nothing(tmp_
             with pytest.raises(KernelError, match=str(source)):
                 idmap.mount_mapped(source, tmp_path, fd)
     assert mounted_below(tmp_path.parent) == []
+
+
+def test_no_mount_is_found_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert mounts.mounted_at(tmp_path, ["empty", "file", "absent"]) == set()
+    assert mounts.mounted_at(tmp_path / "absent", ["x"]) == set()
+    assert mounts.mounted_at(Path("/"), ["proc", "absent"]) == {"proc"}
+    with pytest.raises(KernelError, match="cannot look"):
+        mounts.mounted_at(tmp_path / "file", ["x"])
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["a b", "a\tb\nc", "a\\040b", "#", "\udcff"])
+def test_a_directory_of_any_name_finds_its_mounts(tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    (place / "m").mkdir(parents=True)
+    assert mounted_below(place) == []
+    run("mount", "-t", "tmpfs", "none", place / "m")
+    try:
+        assert [entry.mount_point for entry in mounted_below(place)] == [str(place / "m")]
+        assert mounts.mounted_at(place, ["m"]) == {"m"}
+    finally:
+        assert mounts.unmount(place / "m")
+        assert not mounts.unmount(place / "m")
+    assert mounted_below(place) == []

@@ -543,6 +543,20 @@ async def test_a_chain_may_be_very_long(store: Metastore, path: Path) -> None:
     assert len(await store.chain(top.id)) == 1000
 
 
+async def test_a_container_keeps_all_below_its_parent(store: Metastore) -> None:
+    base = await store.create("s", "base", "", Kind.ACTIVE, {}, extraction=True)
+    layer = await store.publish(record(), "gzip", 1.0)
+    await store.commit(base, "committed", {}, layer.id, None, None)
+    assert not await store.has_container(base.id)
+    await store.create("s", "extraction", "committed", Kind.ACTIVE, {}, extraction=True)
+    assert not await store.has_container(base.id)
+    for key, kind in (("container", Kind.ACTIVE), ("view", Kind.VIEW)):
+        await store.create("s", key, "committed", kind, {}, extraction=False)
+        assert await store.has_container(base.id)
+        await store.remove("s", key)
+        assert not await store.has_container(base.id)
+
+
 async def test_layers_in_use_are_those_below_containers(store: Metastore) -> None:
     layers = [await store.publish(record(name), "gzip", 1.0) for name in "0123456"]
     await committed(store, "a", layers[0])
