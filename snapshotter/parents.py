@@ -22,7 +22,7 @@ from blockdev.errors import BlockdevError, FormatError
 from blockdev.formats import directory_table, parents
 from blockdev.formats.directory_table import Record
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, PARENTS_FORMAT, open_layer_file
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, PARENTS_FORMAT
 from blockdev.formats.layer_writer import LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.formats.parents import Carried, Cursor
@@ -37,6 +37,7 @@ from snapshotter.trace import trace
 from verity.buffers import Buffer, ReadAt
 from verity.errors import VerityError
 from verity.hasher import LeafStore
+from verity.tree import Geometry
 from verity.verify import VerifiedReader
 
 # Formats whose layers may have made directories that an overlay would show; all layers of a chain have one format.
@@ -209,17 +210,16 @@ class _Files:
         self._open.callback(os.close, fd)
         return fd
 
-    def _data(self, layer: Layer) -> tuple[ReadAt, int]:
-        """(the data area, its size)."""
+    def _data(self, layer: Layer) -> ReadAt:
+        """Its data area. Geometry and root hash are the row's: with them, whatever the file says, it is verified."""
         try:
             fd = self._descriptor(self._store.path(layer.diff_id, layer.format))
-            found = open_layer_file(lambda offset, size: os.pread(fd, size, offset), os.fstat(fd).st_size)
-            if found.format.name != layer.format or found.data_size_bytes != layer.data_size_bytes:
-                raise FormatError("is another layer's")
-        except (FileNotFoundError, FormatError) as error:
-            raise BrokenLayer(layer, str(error)) from None
+        except FileNotFoundError as error:
+            raise BrokenLayer(layer, error.strerror or str(error)) from None
+        params = FORMATS[layer.format].params
+        geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
         verified = VerifiedReader(
-            lambda offset, size: os.pread(fd, size, offset), found.geometry, bytes.fromhex(layer.root_hash)
+            lambda offset, size: os.pread(fd, size, offset), geometry, bytes.fromhex(layer.root_hash)
         )
 
         def read_at(offset: int, size: int) -> bytes:
@@ -228,11 +228,11 @@ class _Files:
             except (VerityError, OSError) as error:
                 raise BrokenLayer(layer, f"cannot be read: {error}") from None
 
-        return read_at, layer.data_size_bytes
+        return read_at
 
     def cursor(self, layer: Layer) -> Cursor:
         if layer.id not in self._cursors:
-            self._cursors[layer.id] = Cursor(Reader(*self._data(layer)))
+            self._cursors[layer.id] = Cursor(Reader(self._data(layer), layer.data_size_bytes, checksum=False))
         return self._cursors[layer.id]
 
     def made(self, layer: Layer) -> Iterator[Record]:
@@ -250,7 +250,7 @@ class _Files:
 
     def carried(self, layer: Layer) -> Carried:
         """Of a parents layer."""
-        read_at, _ = self._data(layer)
+        read_at = self._data(layer)
         try:
             return parents.unpack(
                 directory_table.read_parents_table(

@@ -24,6 +24,8 @@ _PATH_BYTES_MAX: Final = 1 << 20
 _XATTRS_CACHED_BYTES_MIN: Final = 1 << 10
 _XATTRS_CACHED_BYTES_MAX: Final = 64 << 20
 _XATTRS_READ_TIMES_MAX: Final = 16
+# Blocks of directories that names were looked up in, each of some dozens of names.
+_BLOCKS_KEPT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,16 @@ class Inode:
 
 
 class Reader:
-    """Over the data area of a layer file. Raises FormatError or LimitExceeded, here and in `walk`."""
+    """Over the data area of a layer file. Raises FormatError or LimitExceeded, here and in `walk`.
 
-    def __init__(self, read_at: ReadAt, data_size_bytes: int) -> None:
+    Without `checksum` that of the superblock is not looked at, as where `read_at` verifies what it reads.
+    """
+
+    def __init__(self, read_at: ReadAt, data_size_bytes: int, *, checksum: bool = True) -> None:
         self._read_at, self._size = read_at, data_size_bytes
         self._xattrs_kept: OrderedDict[int, tuple[int, dict[bytes, bytes]]] = OrderedDict()  # by the place of their end
         self._xattr_bytes_kept = self._xattr_bytes_read = 0
+        self._names_kept: dict[tuple[int, int, int, int], dict[bytes, int]] = {}
         self.superblock = erofs.Superblock.unpack(
             self._read(erofs.SUPERBLOCK_OFFSET_BYTES, erofs.Superblock.LAYOUT.size)
         )
@@ -57,6 +63,8 @@ class Reader:
         self.block_bytes = 1 << self.superblock.block_bits
         if self.superblock.blocks * self.block_bytes > data_size_bytes:
             raise FormatError("EROFS claims more blocks than the data area has")
+        if not checksum:
+            return
         covered = bytearray(self._read(erofs.SUPERBLOCK_OFFSET_BYTES, self.block_bytes))
         covered[4:8] = bytes(4)
         if erofs.crc32c(covered) != self.superblock.checksum:
@@ -95,20 +103,27 @@ class Reader:
 
     def child(self, directory: Inode, name: bytes) -> Inode | None:
         """By binary search, as the kernel does: of a large directory a few blocks are read."""
-        last = -(-directory.size_bytes // self.block_bytes) - 1
-        low, high = 0, last
+        if not directory.size_bytes:
+            return None
+        low, high = 0, -(-directory.size_bytes // self.block_bytes) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if self._dirents(self._directory_block(directory, middle))[0][0] <= name:
+            if next(iter(self._block_names(directory, middle))) <= name:
                 low = middle
             else:
                 high = middle - 1
-        if last < 0:
-            return None
-        for found, nid in self._dirents(self._directory_block(directory, low)):
-            if found == name:
-                return self._inode(nid)
-        return None
+        nid = self._block_names(directory, low).get(name)
+        return self._inode(nid) if nid is not None else None
+
+    def _block_names(self, directory: Inode, number: int) -> dict[bytes, int]:
+        """Of one block of a directory, in its order: nids by name."""
+        key = directory.end_offset, directory.address, directory.size_bytes, number
+        found = self._names_kept.get(key)
+        if found is None:
+            if len(self._names_kept) >= _BLOCKS_KEPT:
+                self._names_kept.clear()
+            found = self._names_kept[key] = dict(self._dirents(self._directory_block(directory, number)))
+        return found
 
     def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
         return self._xattrs(inode)

@@ -63,6 +63,10 @@ class Seen:
     inode: Inode | None = None
 
 
+_ABSENT: Final = {hidden: Seen(What.ABSENT, hidden) for hidden in (False, True)}
+_OTHER: Final = {hidden: Seen(What.OTHER, hidden) for hidden in (False, True)}
+
+
 class Cursor:
     """Looks up paths in one layer's index. Questions whose paths begin with the same steps share the way.
 
@@ -91,9 +95,9 @@ class Cursor:
 
     def _seen(self, inode: Inode | None, *, below_opaque: bool) -> Seen:
         if inode is None:
-            return Seen(What.ABSENT, below_opaque)
+            return _ABSENT[below_opaque]
         if inode.mode & FORMAT_MASK != S_IFDIR:
-            return Seen(What.OTHER, below_opaque)
+            return _OTHER[below_opaque]
         return Seen(What.DIRECTORY, below_opaque, _OPAQUE_XATTR in self._reader.xattrs(inode), inode)
 
     def attributes(self, seen: Seen) -> Attributes:
