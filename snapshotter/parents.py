@@ -196,7 +196,7 @@ class _Files:
 
     def __init__(self, store: LayerStore) -> None:
         self._store, self._open = store, ExitStack()
-        self._cursors: dict[LayerID, Cursor] = {}
+        self._read: dict[LayerID, ReadAt] = {}
 
     def __enter__(self) -> _Files:
         return self
@@ -212,6 +212,8 @@ class _Files:
 
     def _data(self, layer: Layer) -> ReadAt:
         """Its data area. Geometry and root hash are the row's: with them, whatever the file says, it is verified."""
+        if layer.id in self._read:
+            return self._read[layer.id]
         try:
             fd = self._descriptor(self._store.path(layer.diff_id, layer.format))
         except FileNotFoundError as error:
@@ -228,12 +230,12 @@ class _Files:
             except (VerityError, OSError) as error:
                 raise BrokenLayer(layer, f"cannot be read: {error}") from None
 
+        self._read[layer.id] = read_at
         return read_at
 
     def cursor(self, layer: Layer) -> Cursor:
-        if layer.id not in self._cursors:
-            self._cursors[layer.id] = Cursor(Reader(self._data(layer), layer.data_size_bytes, checksum=False))
-        return self._cursors[layer.id]
+        """Good for one merge: a reader bounds how much it reads in all."""
+        return Cursor(Reader(self._data(layer), layer.data_size_bytes, verified=True))
 
     def made(self, layer: Layer) -> Iterator[Record]:
         """The table of the directories that the layer made."""

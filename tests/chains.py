@@ -29,7 +29,7 @@ class Made:
     def cursor(self) -> parents.Cursor:
         geometry = Geometry(self.built.data_size_bytes // 512, FORMATS["tar-index"].params)
         read_at = VerifiedReader(lambda at, size: self.file[at : at + size], geometry, self.built.root_hash)
-        return parents.Cursor(Reader(read_at, self.built.data_size_bytes, checksum=False))
+        return parents.Cursor(Reader(read_at, self.built.data_size_bytes, verified=True))
 
     def made(self) -> Iterator[directory_table.Record]:
         if not self.table:

@@ -47,11 +47,12 @@ class Inode:
 class Reader:
     """Over the data area of a layer file. Raises FormatError or LimitExceeded, here and in `walk`.
 
-    Without `checksum` that of the superblock is not looked at, as where `read_at` verifies what it reads.
+    `verified`: by `read_at`, for looking up some paths; the superblock's checksum says nothing more then, and no xattrs
+    are kept for further names of a file.
     """
 
-    def __init__(self, read_at: ReadAt, data_size_bytes: int, *, checksum: bool = True) -> None:
-        self._read_at, self._size = read_at, data_size_bytes
+    def __init__(self, read_at: ReadAt, data_size_bytes: int, *, verified: bool = False) -> None:
+        self._read_at, self._size, self._keeps_xattrs = read_at, data_size_bytes, not verified
         self._xattrs_kept: OrderedDict[int, tuple[int, dict[bytes, bytes]]] = OrderedDict()  # by the place of their end
         self._xattr_bytes_kept = self._xattr_bytes_read = 0
         self._names_kept: dict[tuple[int, int, int, int], dict[bytes, int]] = {}
@@ -63,7 +64,7 @@ class Reader:
         self.block_bytes = 1 << self.superblock.block_bits
         if self.superblock.blocks * self.block_bytes > data_size_bytes:
             raise FormatError("EROFS claims more blocks than the data area has")
-        if not checksum:
+        if verified:
             return
         covered = bytearray(self._read(erofs.SUPERBLOCK_OFFSET_BYTES, self.block_bytes))
         covered[4:8] = bytes(4)
@@ -234,7 +235,7 @@ class Reader:
             raise LimitExceeded("more xattrs than the data area has room for")
         area = self._read(inode.end_offset - inode.xattr_bytes, inode.xattr_bytes)
         found = erofs.parse_xattr_body(area)
-        if kept is None and inode.xattr_bytes >= _XATTRS_CACHED_BYTES_MIN:
+        if kept is None and self._keeps_xattrs and inode.xattr_bytes >= _XATTRS_CACHED_BYTES_MIN:
             self._xattrs_kept[inode.end_offset] = inode.xattr_bytes, found
             self._xattr_bytes_kept += inode.xattr_bytes
             while self._xattr_bytes_kept > _XATTRS_CACHED_BYTES_MAX:

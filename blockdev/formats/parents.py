@@ -125,6 +125,13 @@ class _Merge:
         self._lowers = iter(lowers)
         self._opened: list[Cursor] = []
         self._path: list[Step] = []
+        self._held = self._held_bytes = 0  # directories, and their names and xattrs
+
+    def _hold(self, name: bytes, attributes: Attributes, sign: int = 1) -> None:
+        """Before a hostile chain fills the memory. Raises LimitExceeded."""
+        self._held += sign
+        self._held_bytes += sign * _size(name, attributes)
+        _check(self._held, self._held_bytes)
 
     def run(self, below: Carried | None, made: Iterable[Record]) -> Carried | None:
         frames: list[_Frame] = []
@@ -165,6 +172,7 @@ class _Merge:
                 true = replace(base, mtime=own.mtime)
             elif record.flags & directory_table.IN_MADE and above.copied and above.copied.mode & _SETGID:
                 true = replace(own, gid=above.copied.gid)
+        self._hold(record.name, true)
         opaque = bool(record.flags & directory_table.OPAQUE)
         frames.append(
             _Frame(
@@ -183,6 +191,8 @@ class _Merge:
             self._path.pop()
             if frame.out.differs or frame.out.children:
                 frames[-1].out.children[frame.name] = frame.out
+            else:
+                self._hold(frame.name, frame.out.attributes, -1)
 
     def _follow(self, into: Carried, carried: dict[bytes, Carried]) -> None:
         """Directories that the chain below carries, and that the new layer has an entry for, or not at all."""
@@ -193,7 +203,9 @@ class _Merge:
                 self._path.append(Step(name))
                 seen = self._own.look(self._path)
                 if seen.what is What.DIRECTORY and node.children and not seen.opaque:
-                    work.append((Carried(self._own.attributes(seen)), iter(node.children.items())))
+                    attributes = self._own.attributes(seen)
+                    self._hold(name, attributes)
+                    work.append((Carried(attributes), iter(node.children.items())))
                     break
                 if seen.what is What.ABSENT:
                     out.children[name] = node
@@ -240,21 +252,29 @@ def pack(root: Carried) -> bytes:
 
 def _records(root: Carried) -> Iterator[Record]:
     todo = [(0, b"", root)]
-    directories = size_bytes = 0
+    count = size_bytes = 0
     while todo:
         depth, name, node = todo.pop()
         record = Record(depth, directory_table.DIFFERS * node.differs, name, node.attributes)
-        directories += 1
-        size_bytes += len(name) + len(erofs.xattr_body(node.attributes.xattrs))
-        if directories > DIRECTORIES_MAX or size_bytes > TABLE_BYTES_MAX:
-            raise LimitExceeded(
-                "the layers of this image add to too many directories without an entry for them: a parents layer has"
-                f" at most {DIRECTORIES_MAX}, and {TABLE_BYTES_MAX} bytes of names and attributes"
-            )
+        count += 1
+        size_bytes += _size(name, node.attributes)
+        _check(count, size_bytes)
         if len(erofs.xattr_body(node.attributes.xattrs)) > erofs.XATTR_BODY_BYTES_MAX:
             raise LimitExceeded(f"xattrs of one directory exceed {erofs.XATTR_BODY_BYTES_MAX} bytes")
         yield record
         todo += [(depth + 1, child, node.children[child]) for child in sorted(node.children, reverse=True)]
+
+
+def _size(name: bytes, attributes: Attributes) -> int:
+    return len(name) + sum(len(key) + len(value) for key, value in attributes.xattrs.items())
+
+
+def _check(count: int, size_bytes: int) -> None:
+    if count > DIRECTORIES_MAX or size_bytes > TABLE_BYTES_MAX:
+        raise LimitExceeded(
+            "the layers of this image add to too many directories without an entry for them: a parents layer has"
+            f" at most {DIRECTORIES_MAX}, and {TABLE_BYTES_MAX} bytes of names and attributes"
+        )
 
 
 def unpack(records: Iterable[Record]) -> Carried:

@@ -808,7 +808,7 @@ MUTANTS: Final = [
         ),
         (
             "parents: what is covered by an entry goes",
-            "work.append((Carried(self._own.attributes(seen)), iter(node.children.items())))",
+            "work.append((Carried(attributes), iter(node.children.items())))",
             "work.append((Carried(node.attributes, node.differs), iter(node.children.items())))",
         ),
         ("parents: what is whited out goes", "if seen.what is What.ABSENT:", "if seen.what is not What.DIRECTORY:"),

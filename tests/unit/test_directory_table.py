@@ -16,7 +16,7 @@ from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats import directory_table, parents
 from blockdev.formats.directory_table import DIFFERS, ENTRY, MADE, Attributes, Record
 from tests.chains import Made, carried, make
-from tests.golden.make_tars import EOA, D, F
+from tests.golden.make_tars import EOA, PX, D, F
 
 PLAIN = Attributes(0o755, 0, 0, (0, 0), {})
 ROOT = Record(0, 0, b"", PLAIN)
@@ -138,15 +138,32 @@ def test_too_many_directories_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     top = carried(chain(D(b"a/", uid=1) + D(b"b/", uid=1), F(b"a/x") + F(b"b/x")))[-1]
     assert top is not None
     assert len(read(parents.pack(top))) == 3
+    with pytest.raises(LimitExceeded, match="at most 3"):
+        carried(chain(b"".join(D(b"%c/" % name, uid=1) for name in b"abcd"), b"".join(F(b"%c/x" % n) for n in b"abcd")))
+    # With the root it is one more.
     top = carried(chain(D(b"a/", uid=1) + D(b"b/", uid=1) + D(b"c/", uid=1), F(b"a/x") + F(b"b/x") + F(b"c/x")))[-1]
     assert top is not None
     with pytest.raises(LimitExceeded, match="at most 3"):
         parents.pack(top)
 
 
+def test_what_is_not_carried_in_the_end_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parents, "DIRECTORIES_MAX", 3)
+    low = b"".join(D(b"%c/" % name) for name in b"abcdefgh")
+    assert carried(chain(low, b"".join(F(b"%c/x" % name) for name in b"abcdefgh")))[-1] is None
+
+
+def test_xattrs_are_bounded_while_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parents, "TABLE_BYTES_MAX", 100_000)
+    large = PX((b"SCHILY.xattr.user.a", b"v" * 60_000))
+    low = large + D(b"a/") + large + D(b"b/")
+    assert carried(chain(low, F(b"a/x")))[-1] is not None
+    with pytest.raises(LimitExceeded, match="100000 bytes"):
+        carried(chain(low, F(b"a/x") + F(b"b/x")))
+
+
 def test_xattrs_that_no_inode_has_room_for_are_refused() -> None:
     def pax(letter: bytes) -> Iterator[bytes]:
-        from tests.golden.make_tars import PX
 
         yield PX(*((b"SCHILY.xattr.user." + letter + b"%d" % n, b"v" * 60000) for n in range(3)))
 
@@ -181,7 +198,6 @@ def test_layers_below_are_opened_only_as_far_as_they_are_needed() -> None:
 
 def test_paths_of_any_depth() -> None:
     name = b"/".join([b"d"] * 2000)
-    from tests.golden.make_tars import PX
 
     top = carried(chain(D(b"d/", uid=1), PX((b"path", name + b"/x")) + F(b"x"), PX((b"path", name + b"/y")) + F(b"y")))
     assert top[1] is not None
