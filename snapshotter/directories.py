@@ -12,7 +12,6 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,26 +20,14 @@ from snapshotter.metastore import SnapshotID
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PARTS: Final = ("fs", "work")
-# containerd asks for every active snapshot's use each 10 s. A walk's result holds for some times the
-# time that it took, so that walks never take more than a part of a processor.
-_USE_HOLDS_TIMES: Final = 10
 _ID_DIGITS_MAX: Final = 18  # a row's id has 63 bits
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """Of storage: bytes and inodes."""
-
-    size_bytes: int
-    inodes: int
 
 
 class Directories:
     def __init__(self, root: Path) -> None:
         self._directory = root / "snapshots"
-        # Of their own: a walk or a removal may take minutes, and everything else would wait behind them.
+        # Of their own: a removal may take minutes, and everything else would wait behind it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="directories")
-        self._walks: dict[SnapshotID, asyncio.Future[Use]] = {}
 
     def prepare(self) -> None:
         self._directory.mkdir(mode=0o711, exist_ok=True)
@@ -102,22 +89,6 @@ class Directories:
 
         await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def use(self, snapshot_id: SnapshotID) -> Use:
-        """As it was at most some seconds ago; one walk at a time, whoever asks."""
-        loop = asyncio.get_running_loop()
-        walk = self._walks.get(snapshot_id)
-        if walk is None:
-            walk = loop.run_in_executor(self._threads, _use_below, self.filled(snapshot_id))
-            self._walks[snapshot_id] = walk
-            started = loop.time()
-
-            def done(_: object) -> None:
-                holds = _USE_HOLDS_TIMES * (loop.time() - started)
-                loop.call_later(holds, self._walks.pop, snapshot_id, None)
-
-            walk.add_done_callback(done)
-        return await asyncio.shield(walk)
-
     async def is_empty(self, snapshot_id: SnapshotID) -> bool:
         """Whether nothing was written to `filled`."""
 
@@ -127,28 +98,6 @@ class Directories:
             return True
 
         return await asyncio.to_thread(look)
-
-
-def _use_below(top: Path) -> Use:
-    """Symlinks are counted, not followed; a directory whose path is too long for the kernel is left out."""
-    size = inodes = 0
-    seen: set[tuple[int, int]] = set()
-    todo = [str(top)]
-    with suppress(OSError):
-        size, inodes = os.lstat(top).st_blocks * 512, 1
-    while todo:
-        with suppress(OSError), os.scandir(todo.pop()) as entries:
-            for entry in entries:
-                with suppress(OSError):
-                    status = entry.stat(follow_symlinks=False)
-                    if status.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
-                        if (status.st_dev, status.st_ino) in seen:
-                            continue
-                        seen.add((status.st_dev, status.st_ino))
-                    size, inodes = size + status.st_blocks * 512, inodes + 1
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(entry.path)
-    return Use(size, inodes)
 
 
 def remove_tree(path: Path) -> None:

@@ -23,7 +23,7 @@ from snapshotter.content import Blob, Caller, Content
 from snapshotter.contracts import CONTRACTS, Mount
 from snapshotter.contracts.limit import check_layers
 from snapshotter.contracts.mount import directories_of, extraction_mounts
-from snapshotter.directories import Directories, Use
+from snapshotter.directories import Directories
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -41,6 +41,7 @@ from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extr
 from snapshotter.parents import Parents
 from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
+from snapshotter.usage import Usage, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Snapshots:
         formats = {name: named.format for name, named in names.items()}
         self._candidates = Candidates(formats, builder, content)
         self._parents = Parents(metastore, store, builder)
+        self._usage = Usage(directories.filled)
         self._background = Background()
         # Once containerd has called Apply it will again, with the very blob: nothing is left to guess.
         self._applies = False
@@ -87,6 +89,7 @@ class Snapshots:
 
     async def close(self) -> None:
         await self._candidates.close()
+        await self._usage.close()
         await self._background.drain()
 
     # Snapshots
@@ -152,6 +155,7 @@ class Snapshots:
         await self._metastore.commit(snapshot, name, labels, layer.id, chain, parent.id if parent else None, on_top)
         trace("commit.committed")
         self._candidates.forget(snapshot.id)
+        self._usage.forget(snapshot.id)
         self._background.later("what a committed snapshot leaves", self._leave(snapshot))
 
     async def remove(self, snapshotter: str, key: str) -> None:
@@ -163,6 +167,7 @@ class Snapshots:
         snapshot = await self._metastore.remove(snapshotter, key)
         trace("remove.removed")
         self._candidates.forget(snapshot.id)
+        self._usage.forget(snapshot.id)
         if snapshot.kind is Kind.COMMITTED:
             return
         # Behind the reply: it waits for whoever mounts, and what is left goes with the next removal or start.
@@ -206,12 +211,13 @@ class Snapshots:
                         yield snapshot
 
     async def usage(self, snapshotter: str, key: str) -> Use:
-        """Of the snapshot alone, without its parents. Raises NotFound."""
+        """Of the snapshot alone, without its parents, at once: of a layer from its row, of an active snapshot what is
+        known of its directory, which may be a bound from below (`usage`). Raises NotFound."""
         snapshot = await self._metastore.stat(self._known(snapshotter), key)
-        if snapshot.kind is Kind.COMMITTED:
-            layer = await self._metastore.layer_by_id(snapshot.layer_id) if snapshot.layer_id else None
+        if snapshot.layer_id and (snapshot.kind is Kind.COMMITTED or snapshot.extraction):
+            layer = await self._metastore.layer_by_id(snapshot.layer_id)
             return Use(layer.file_size_bytes, layer.entries) if layer else Use(0, 0)
-        return await self._directories.use(snapshot.id)
+        return await self._usage.of(snapshot.id) if snapshot.has_directory else Use(0, 0)
 
     async def cleanup(self, snapshotter: str) -> None:
         """Delete layers that nothing refers to, oldest first, as far as the cache is over its size."""

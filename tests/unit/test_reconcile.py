@@ -496,25 +496,6 @@ def test_a_tree_of_any_depth_is_removed_with_its_odd_names(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-async def test_the_use_of_a_deep_tree_is_counted_without_a_crash(tmp_path: Path) -> None:
-    directories = Directories(tmp_path)
-    directories.prepare()
-    directories.make(SnapshotID(7))
-    path = directories.filled(SnapshotID(7))
-    (path / "file").write_bytes(b"x" * 10_000)
-    os.link(path / "file", path / "again")
-    (path / "link").symlink_to("/")
-    for _ in range(1200):
-        path = path / "d"
-        path.mkdir()
-    use = await directories.use(SnapshotID(7))
-    assert use.inodes == 1 + 1 + 1 + 1200
-    assert use.size_bytes >= 10_000
-    assert await directories.use(SnapshotID(7)) == use
-    await directories.remove("7")
-    directories.close()
-
-
 async def test_what_cannot_be_done_keeps_nothing_else_from_being_done(place: Place) -> None:
     (place.root / "snapshots" / "stray").write_bytes(b"x")
     (place.store.staging / "half").write_bytes(b"x")
