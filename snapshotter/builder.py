@@ -21,7 +21,7 @@ from snapshotter.errors import DataLoss, DeadlineExceeded, InvalidArgument, NotF
 from snapshotter.layerstore import LayerStore, Staged
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore
-from snapshotter.names import is_digest
+from snapshotter.names import ChainID, is_digest
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 
@@ -83,8 +83,8 @@ class Builder:
             raise translate(type(error)(f"layer {blob.digest}: {error}")) from None
         if not is_digest(blob.digest) or blob.size_bytes < 0:
             raise InvalidArgument(f"layer {blob.digest!r} of {blob.size_bytes} bytes: no sha256 digest or no size")
-        if self._per_namespace and not await self._content.visible(blob, caller):
-            raise NotFound(f"blob {blob.digest} is not in namespace {caller.namespace}")
+        if self._per_namespace and not (caller.namespace and await self._content.visible(blob, caller)):
+            raise NotFound(f"blob {blob.digest} is not in namespace {caller.namespace!r}")
         key = (blob.digest, blob.size_bytes, compression, format)
         while not self._closed:
             stored = await self._stored(blob, compression, format)
@@ -106,6 +106,18 @@ class Builder:
             except _GivenUp:
                 pass
         raise Unavailable("the daemon is stopping")
+
+    async def stored(self, parent: ChainID | None, chain: ChainID, format: str) -> Layer | None:
+        """The whole layer that completes the chain above `parent`, whoever brought it; None with sharing by namespace.
+        It is kept for long enough to refer to it."""
+        if self._per_namespace:
+            return None
+        async with self.publishing:
+            layer = await self._metastore.layer_of_chain(parent, chain, format)
+            if layer is None or not await self._is_whole(layer):
+                return None
+            self.touch(layer)
+        return layer
 
     async def mapping(self, blob: Blob) -> str | None:
         """The diff ID that a build of the blob has found before."""

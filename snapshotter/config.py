@@ -87,6 +87,7 @@ class Log(_Table, frozen=True):
 class SnapshotterName(_Table, frozen=True):
     contract: str
     format: str
+    skip_download: bool = False
     max_layers: _Count = 0  # until a contract fills in its own
     remap_ids: bool = False
 
@@ -178,6 +179,11 @@ def _check(config: Config) -> None:
             raise ConfigError(f"snapshotters.{name}.max_layers: {most} are the most for contract {chosen.contract}")
         if chosen.remap_ids and not CONTRACTS[chosen.contract].REMAPS_IDS:
             raise ConfigError(f"snapshotters.{name}.remap_ids: contract {chosen.contract} cannot map IDs")
+        if chosen.skip_download and config.builds.sharing == "namespace":
+            raise ConfigError(
+                f"snapshotters.{name}.skip_download answers from what any namespace has pulled:"
+                ' it cannot go with builds.sharing = "namespace"'
+            )
 
 
 def _explain(message: str, data: dict[str, Any]) -> str:

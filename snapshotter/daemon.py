@@ -129,9 +129,22 @@ async def run(settings: Config) -> None:
         )
         at_end.push_async_callback(builder.close)
         names = {
-            name: Named(chosen.contract, chosen.format, chosen.max_layers, chosen.remap_ids)
+            name: Named(
+                chosen.contract,
+                chosen.format,
+                chosen.max_layers,
+                remap_ids=chosen.remap_ids,
+                skip_download=chosen.skip_download,
+            )
             for name, chosen in settings.snapshotters.items()
         }
+        for name, chosen in names.items():
+            if chosen.skip_download:
+                logger.warning(
+                    "skip_download: blobs of layers that are stored are not fetched, so no other snapshotter can unpack"
+                    " such an image until `ctr content fetch` has brought them",
+                    snapshotter=name,
+                )
         snapshots = Snapshots(
             names, metastore, store, directories, builder, content, activation,
             cache_bytes=config.parse_size(settings.cache.max_size),

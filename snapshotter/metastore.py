@@ -30,7 +30,7 @@ from snapshotter.errors import (
     SnapshotterError,
 )
 from snapshotter.idmap import UID_LABEL
-from snapshotter.names import ChainID
+from snapshotter.names import ChainID, chain_id
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 
@@ -253,6 +253,7 @@ class _Database:
         uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
         self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         self.connection.text_factory = _text
+        self.connection.create_function("chain_id", 2, chain_id, deterministic=True)
         try:
             self._open(path, read_only=read_only)
         except BaseException:
@@ -442,6 +443,14 @@ class _Database:
     def layer(self, diff_id: str, format: str) -> Layer | None:
         row = self.connection.execute(
             f"SELECT {_LAYER} FROM layers WHERE diff_id = ? AND format = ?", (diff_id, format)
+        ).fetchone()
+        return _layer(row) if row else None
+
+    def layer_of_chain(self, parent: ChainID | None, chain: ChainID, format: str) -> Layer | None:
+        """A chain ID is a hash: which layer completes it, only trying tells; ten thousand are some milliseconds."""
+        row = self.connection.execute(
+            f"SELECT {_LAYER} FROM layers WHERE format = ? AND state = ? AND chain_id(?, diff_id) = ?",
+            (format, LayerState.READY, parent, chain),
         ).fetchone()
         return _layer(row) if row else None
 
@@ -650,6 +659,10 @@ class Metastore:
 
     async def layer(self, diff_id: str, format: str) -> Layer | None:
         return await self._run(_Database.layer, diff_id, format)
+
+    async def layer_of_chain(self, parent: ChainID | None, chain: ChainID, format: str) -> Layer | None:
+        """The READY layer that completes the chain above `parent`."""
+        return await self._run(_Database.layer_of_chain, parent, chain, format)
 
     async def layer_by_id(self, layer_id: LayerID) -> Layer | None:
         return await self._run(_Database.layer_by_id, layer_id)

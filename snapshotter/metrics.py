@@ -20,6 +20,7 @@ BUILD_BYTES: Final = Counter("tardev_build_tar_bytes", "Uncompressed bytes of bu
 BUILDS_RUNNING: Final = Gauge("tardev_builds_running", "Builds under way")
 BUILDS_JOINED: Final = Counter("tardev_builds_joined", "Requests that joined a build under way")
 BUILDS_CACHED: Final = Counter("tardev_builds_cached", "Requests that a stored layer answered")
+DOWNLOADS_SKIPPED: Final = Counter("tardev_downloads_skipped", "Layers that a stored one spared containerd to fetch")
 LAYERS_DELETED: Final = Counter("tardev_layers_deleted", "Layer files that nothing referred to any more")
 
 

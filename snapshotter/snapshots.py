@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from blockdev.formats.compression import MEDIA_TYPES
 from blockdev.formats.layer_file import PARENTS_FORMAT
@@ -43,6 +44,8 @@ from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
 from snapshotter.usage import Usage, Use
 
+_REF: Final = "containerd.io/snapshot.ref"
+
 
 @dataclass(frozen=True, slots=True)
 class Named:
@@ -51,7 +54,8 @@ class Named:
     contract: str
     format: str
     max_layers: int
-    remap_ids: bool
+    remap_ids: bool = False
+    skip_download: bool = False
 
 
 class Snapshots:
@@ -97,8 +101,11 @@ class Snapshots:
     async def prepare(
         self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str], caller: Caller
     ) -> list[Mount]:
-        """Raises AlreadyExists, NotFound (parent), InvalidArgument, FailedPrecondition (too many layers)."""
+        """Raises AlreadyExists (also where there is nothing to unpack), NotFound (parent), InvalidArgument,
+        FailedPrecondition (too many layers)."""
         extraction = is_extraction(key)
+        if extraction and self._names[self._known(snapshotter)].skip_download:
+            await self._skip(snapshotter, key, parent, labels)
         snapshot, mounts = await self._create(snapshotter, key, parent, Kind.ACTIVE, labels, extraction=extraction)
         if extraction:
             self._expect(snapshot, caller)
@@ -262,6 +269,8 @@ class Snapshots:
             raise Unimplemented(f"snapshot {snapshot.name!r} holds changes already")
         self._applies = True
         self._candidates.stop(snapshot_id)
+        if not caller.namespace:
+            caller = Caller.of({"containerd-lease": caller.lease}, snapshot.name)
         layer = await self._builder.build(blob, named.format, caller)
         if snapshot.layer_id not in (None, layer.id):
             raise FailedPrecondition(f"snapshot {snapshot.name!r} has another layer already")
@@ -329,6 +338,60 @@ class Snapshots:
         except BaseException:
             await to_the_end(self._undo(snapshot))
             raise
+
+    async def _skip(self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str]) -> None:
+        """Raises AlreadyExists where a stored layer completes the chain ID: a committed snapshot of ours says so, with
+        the caller's labels and parent, which containerd looks for and takes (containerd: core/metadata).
+
+        Only for an unpacker: a key's form and the label must name the same chain ID, for a pod's annotations can set
+        the label alone. Without a parent the equation holds for an image's first layer and for no other.
+        """
+        chain = chain_id_of(key)
+        if chain is None or labels.get(_REF) != chain or await self._metastore.find(snapshotter, key):
+            return
+        above = await self._metastore.find(snapshotter, parent) if parent else None
+        if parent and (above is None or above.kind is not Kind.COMMITTED or above.chain_id is None):
+            return
+        layer = await self._builder.stored(above.chain_id if above else None, chain, self._names[snapshotter].format)
+        if layer is None:
+            return
+        if not await self._has_target(snapshotter, parent, chain):
+            name = f"{key.rpartition('/')[0]}/{chain}".removeprefix("/")
+            if not await to_the_end(self._record(snapshotter, key, name, labels, layer, chain, above)):
+                return
+        metrics.DOWNLOADS_SKIPPED.inc()
+        raise AlreadyExists(f"layer {layer.diff_id} is stored: chain ID {chain} needs no download")
+
+    async def _has_target(self, snapshotter: str, parent: str, chain: ChainID) -> bool:
+        async with aclosing(self._metastore.walk(snapshotter, parents=frozenset([parent]))) as batches:
+            async for batch in batches:
+                for found in batch:
+                    if found.kind is Kind.COMMITTED and found.chain_id == found.labels.get(_REF) == chain:
+                        return True
+        return False
+
+    async def _record(
+        self,
+        snapshotter: str,
+        key: str,
+        name: str,
+        labels: Mapping[str, str],
+        layer: Layer,
+        chain: ChainID,
+        above: Snapshot | None,
+    ) -> bool:
+        """A commit like any other, of a snapshot that nobody was given. False where the name is taken."""
+        parent = above.name if above else ""
+        snapshot = await self._metastore.create(snapshotter, key, parent, Kind.ACTIVE, labels, extraction=True)
+        try:
+            await self._commit(snapshot, name, labels, layer, chain, above, await self._parents.of(above, layer))
+        except AlreadyExists:
+            await self._undo(snapshot)
+            return False
+        except BaseException:
+            await self._undo(snapshot)
+            raise
+        return True
 
     async def _undo_once_made(self, creating: asyncio.Task[Snapshot]) -> None:
         """The transaction of a caller that has gone away comes to its end all the same."""

@@ -303,3 +303,11 @@ def test_any_mutation_of_the_default_file_is_read_or_refused(changes: list[tuple
         text = text[:at] + piece + text[at + length :]
     with suppress(ConfigError):
         assert parse(text).snapshotters
+
+
+def test_a_skipped_download_is_off_and_goes_with_no_sharing_by_namespace() -> None:
+    assert not parse("").snapshotters["tardev-host"].skip_download
+    table = '[snapshotters.x]\ncontract = "host"\nformat = "tar-index"\nskip_download = true\n'
+    assert parse(table).snapshotters["x"].skip_download
+    with pytest.raises(ConfigError, match=r"snapshotters\.x\.skip_download.*sharing"):
+        parse('[builds]\nsharing = "namespace"\n' + table)
