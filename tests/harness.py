@@ -436,11 +436,11 @@ def oci_archive(
     layers: Sequence[bytes | Path],
     media_type: str,
     diff_ids: Sequence[str],
-    config: Mapping[str, Any] | None = None,
+    runs_as: Mapping[str, Any] = {},
 ) -> str:
     """An image whose config promises `diff_ids`, whatever the layers hold; the digest of its manifest.
 
-    `config`: how its containers are run (OCI image specification: config.md, "config").
+    `runs_as`: "User", "Volumes" and so on, of the config's own "config".
     """
     blobs: dict[str, bytes | Path] = {}
 
@@ -453,7 +453,7 @@ def oci_archive(
         return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": size}
 
     rootfs = {"type": "layers", "diff_ids": list(diff_ids)}
-    document = {"architecture": "amd64", "os": "linux", "config": dict(config or {}), "rootfs": rootfs}
+    document = {"architecture": "amd64", "os": "linux", "config": dict(runs_as), "rootfs": rootfs}
     manifest_type = "application/vnd.oci.image.manifest.v1+json"
     manifest = {
         "schemaVersion": 2,

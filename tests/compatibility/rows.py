@@ -6,18 +6,24 @@ A row passes, raises NotThere where this containerd has no such thing, or raises
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
+import grpc
+
+from snapshotter.metastore import Kind
 from tests.compatibility.bench import OTHER, Bench, Image, sees
 from tests.compatibility.table import Verdict
+from tests.cri import images as cri_images
+from tests.cri.node import HANDLER, CriNode, Settings, cri_node
 from tests.harness import SNAPSHOTTER, ProcessFailed, check_tree, make_images, run, wait_for
 from tests.integration.test_images import promised
 
 Check = Callable[[Bench], None]
 ROWS: Final[dict[str, Check]] = {}
-FAILURES: Final = (AssertionError, ProcessFailed, TimeoutError)  # how a check says that it does not work
+FAILURES: Final = (AssertionError, ProcessFailed, TimeoutError, grpc.RpcError)  # how a check says that it does not work
 
 
 class NotThere(Exception):
@@ -247,3 +253,59 @@ def restart_of_ours(bench: Bench) -> None:
     bench.node.containerd.retry("images", "import", "--snapshotter", SNAPSHOTTER, str(new.archive))
     bench.run(new, new.name)
     _end(bench, old)
+
+
+@contextlib.contextmanager
+def _cri(bench: Bench, name: str, **options: Any) -> Iterator[tuple[CriNode, cri_images.Image]]:
+    """A node of its own with CRI on, and an image that it does not have."""
+    directory = bench.directory / name
+    directory.mkdir()
+    pause = cri_images.pause(directory, bench.registry)
+    app = cri_images.app(directory, bench.registry, name)
+    with cri_node(directory, bench.node.containerd.release, Settings(pause.reference, **options)) as node:
+        yield node, app
+
+
+@row("CRI pull")
+def cri_pull(bench: Bench) -> None:
+    """The kubelet's PullImage, by the transfer service and by containerd's own client (up to 2.0 by that alone)."""
+    ways = (False, True) if bench.node.containerd.release.version >= (2, 1) else (True,)
+    for local in ways:
+        name = f"cri-pull-{'client' if local else 'transfer'}"
+        with _cri(bench, name, local_pull=local and len(ways) > 1) as (node, app):
+            node.cri.pull(app.reference)
+            assert [row.diff_id for row in node.snapshots(Kind.COMMITTED)] == list(app.diff_ids)
+
+
+@row("CRI sandbox")
+def cri_sandbox(bench: Bench) -> None:
+    """A pod and its container run with our snapshots, and a file is read by ExecSync; nothing of both stays."""
+    with _cri(bench, "cri-sandbox") as (node, app):
+        node.cri.pull(app.reference)
+        pod = node.cri.run_pod(node.cri.pod_config("sandbox"))
+        container = node.cri.run_container(pod, app.reference)
+        assert node.cri.execute(container, "cat", "/etc/hello").stdout == "cri-sandbox"
+        for of_ours in (pod.id, container):
+            assert [mount.type for mount in node.mounts(of_ours)] == ["overlay"]
+        node.cri.remove_pod(pod.id)
+        node.cri.remove_image(app.reference)
+        wait_for("its snapshots are removed", lambda: not node.snapshots(Kind.ACTIVE))
+        wait_for("its mounts are released", lambda: not node.daemon.mounts())
+
+
+@row("CRI runtime class")
+def cri_runtime_class(bench: Bench) -> None:
+    """One class of pods has our snapshotter, all others overlayfs; an image pulled without it is unpacked on demand."""
+    release = bench.node.containerd.release
+    if release.version < (1, 7):
+        # Its CRI knows one snapshotter, for all runtimes.
+        assert run(release.containerd, "config", "default").count(" snapshotter = ") == 1
+        raise NotThere
+    with _cri(bench, "cri-class", snapshotter="overlayfs") as (node, app):
+        config = node.cri.pod_config("class")
+        node.cri.pull(app.reference, config)
+        assert not node.snapshots(Kind.COMMITTED)
+        pod = node.cri.run_pod(config, HANDLER)
+        container = node.cri.run_container(pod, app.reference)
+        assert node.cri.execute(container, "cat", "/etc/hello").stdout == "cri-class"
+        assert {row.diff_id for row in node.snapshots(Kind.COMMITTED)} > set(app.diff_ids)

@@ -147,12 +147,6 @@ class CriContainerd(Containerd):
         network = {"cniVersion": "0.4.0", "name": "tests", "plugins": [plugin]}
         (self.directory / "cni" / "10-tests.conflist").write_text(json.dumps(network))
 
-    def start(self) -> None:
-        # The shim of the same release, whatever else is installed.
-        path = f"{self.release.containerd.parent}:{os.environ['PATH']}"
-        self._start([self.release.containerd, "--config", self.config], {"PATH": path})
-        self.wait_until("answers", self._answers)
-
 
 @dataclass(frozen=True)
 class Stored:
