@@ -29,6 +29,8 @@ SUBTESTS: Final = {
     "StatInWalk", "CloseTwice", "RootPermission", "128LayersMount", "Rename",
 }  # fmt: skip
 SKIPPED: Final = {"1.6": {"Rename"}, "1.7": set[str]()}  # by the suite itself, whatever the snapshotter
+# Most of the time of a run, and the same in both: twice is enough but for ./dev soak.
+LEFT_OUT: Final = "" if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else "128LayersMount"
 _VERDICT: Final = re.compile(r"^ +--- (PASS|FAIL|SKIP): TestConformance/([^/ ]+) \(", re.M)
 
 
@@ -37,6 +39,7 @@ class Outcome:
     """Names of subtests by their verdict; `status` is that of the program, `log` what it said."""
 
     version: str
+    left_out: str
     status: int
     log: str
 
@@ -52,21 +55,22 @@ def scratch() -> Iterator[Path]:
         harness.unmount_below(Path(directory))  # of a run that failed
 
 
-def run_suite(version: str, address: Path, name: str, scratch: Path) -> Outcome:
-    """With the suite of that containerd."""
+def run_suite(version: str, address: Path, name: str, scratch: Path, left_out: str = "") -> Outcome:
+    """With the suite of that containerd, but for one subtest."""
+    skip = ["-test.skip", f"^TestConformance$/^{left_out}$"] if left_out else []
     done = subprocess.run(
-        [harness.CONFORMANCE[version], "-test.v", "-test.timeout", "9m"],
+        [harness.CONFORMANCE[version], "-test.v", "-test.timeout", "9m", *skip],
         env={**os.environ, "SNAPSHOTTER_SOCKET": str(address), "SNAPSHOTTER_NAME": name, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False, timeout=570,
     )  # fmt: skip
-    return Outcome(version, done.returncode, done.stdout)
+    return Outcome(version, left_out, done.returncode, done.stdout)
 
 
 def assert_conforms(outcome: Outcome) -> None:
     assert not outcome.named("FAIL"), outcome.log
     # Exactly these: a panic or a time-out takes subtests down without a verdict.
     assert outcome.named("SKIP") == SKIPPED[outcome.version], outcome.log
-    assert outcome.named("PASS") == SUBTESTS - SKIPPED[outcome.version], outcome.log
+    assert outcome.named("PASS") == SUBTESTS - SKIPPED[outcome.version] - {outcome.left_out}, outcome.log
     assert outcome.status == 0, outcome.log
 
 
@@ -95,8 +99,8 @@ def test_containerds_own_snapshotter_passes(scratch: Path) -> None:
 @pytest.mark.xfail(strict=True, reason="changes cannot be committed in this version")
 def test_ours_passes_again_and_again(daemon: Daemon, scratch: Path) -> None:
     """Each run gives the same names again: whatever the one before left behind would be in its way."""
-    for version in ("1.6", "1.6", "1.7"):
-        assert_conforms(run_suite(version, daemon.address, SNAPSHOTTER, scratch))
+    for version, left_out in (("1.6", ""), ("1.6", ""), ("1.7", LEFT_OUT)):
+        assert_conforms(run_suite(version, daemon.address, SNAPSHOTTER, scratch, left_out))
         wait_for("every snapshot is removed", lambda: not daemon.tardevctl("snapshots"))
         wait_for("every mount is released", lambda: not daemon.mounts())
         wait_for("every directory is removed", lambda: not list((daemon.root / "snapshots").iterdir()))
