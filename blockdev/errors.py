@@ -10,6 +10,7 @@ BlockdevError
 ├── BuildFailed          a worker died, or the disk failed it
 │   └── NoSpace          the file system of the staged file is full
 ├── NotInLayer           a path that the layer does not have, or not as what was asked for
+├── SourceChanged        a directory that was written to while it was read
 └── KernelError          a system call refused
 """
 
@@ -53,6 +54,10 @@ class NoSpace(BuildFailed):
 
 
 class NotInLayer(BlockdevError):
+    pass
+
+
+class SourceChanged(BlockdevError):
     pass
 
 

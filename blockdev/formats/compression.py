@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Media types and streaming decompressors. Runs in the decompressor process: the bytes are hostile."""
+"""Media types, streaming decompressors and compressors. Runs in processes of its own: the bytes are hostile."""
 
 from __future__ import annotations
 
 import enum
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Final, cast
+from typing import IO, Final, Protocol, cast
 
 from isal import igzip_lib, isal_zlib
-from zstandard import ZstdDecompressor, ZstdError
+from zstandard import ZstdCompressor, ZstdDecompressor, ZstdError
 
 from blockdev.errors import CompressionError, LimitExceeded, UnsupportedError
 from verity.buffers import Buffer
@@ -60,6 +60,30 @@ def compression_of(media_type: str) -> Compression:
         return MEDIA_TYPES[media_type]
     except KeyError:
         raise UnsupportedError(f"media type {media_type[:200]!r} is no tar layer, plain, gzip or zstd") from None
+
+
+class Compressor(Protocol):
+    def compress(self, data: Buffer, /) -> bytes: ...
+    def flush(self) -> bytes:
+        """The rest; called once."""
+
+
+# The default levels of both tools.
+_GZIP_LEVEL: Final = 6
+_ZSTD_LEVEL: Final = 3
+
+
+def compressor(kind: Compression) -> Compressor | None:
+    """None for no compression. Equal bytes in give equal bytes out, by one version of zlib or libzstd.
+
+    Not ISA-L, which chooses its matches by the processor that it runs on.
+    """
+    if kind is Compression.GZIP:
+        # One member, without name and time (RFC 1952: MTIME 0).
+        return zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16)
+    if kind is Compression.ZSTD:
+        return ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compressobj()
+    return None
 
 
 def detect(head: bytes) -> Compression:

@@ -34,7 +34,11 @@ from blockdev.workers.sandbox import PROTECTIONS
 _COMPRESSED_PIECES: Final = 4
 _TAR_PIECES: Final = 8
 # Each has a `main`.
-PROGRAMS: Final = {"builder": "blockdev.workers.builder", "decompressor": "blockdev.workers.decompressor"}
+PROGRAMS: Final = {
+    "builder": "blockdev.workers.builder",
+    "decompressor": "blockdev.workers.decompressor",
+    "archiver": "blockdev.workers.archiver",
+}
 # Where they find what is not the standard library's: there where it was found here. Without `site`, whose
 # .pth files and finders cost a program as small as these half of its start.
 _BESIDE: Final = ("blockdev", "verity", "isal", "zstandard")
@@ -123,20 +127,20 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
         kept = {request.blob_fd, *(fd for output in request.outputs for fd in output.descriptors())}
         for end in (parameters.compressed, parameters.tar):
             kept.update(end.descriptors() if end else ())
-        workers: list[_Worker] = []
+        workers: list[Worker] = []
         try:
-            report = _report_file(reports)
-            builder = await _start("builder", parameters.encode(), stdout=report, stderr=report, pass_fds=kept)
-            workers.append(_Worker("builder", builder, report, request.cpu_seconds))
+            report = report_file(reports)
+            builder = await start("builder", parameters.encode(), stdout=report, stderr=report, pass_fds=kept)
+            workers.append(Worker("builder", builder, report, request.cpu_seconds))
             if compressed and tar:
                 ends = compressed[1], tar[0]
-                report = _report_file(reports)
-                decompressor = await _start(
+                report = report_file(reports)
+                decompressor = await start(
                     "decompressor", compression.value, *(end.encode() for end in ends), str(request.cpu_seconds),
                     str(os.getpid()), stdout=asyncio.subprocess.DEVNULL, stderr=report,
                     pass_fds={fd for end in ends for fd in end.descriptors()},
                 )  # fmt: skip
-                workers.append(_Worker("decompressor", decompressor, report, request.cpu_seconds))
+                workers.append(Worker("decompressor", decompressor, report, request.cpu_seconds))
             rings.close()  # or no end of one would ever be seen
             await asyncio.gather(*(worker.process.wait() for worker in workers))
             return _verdict([worker.report() for worker in workers])
@@ -148,7 +152,9 @@ async def _run(request: BuildRequest, compression: Compression) -> list[BuildRec
 
 
 @dataclass(frozen=True, slots=True)
-class _Worker:
+class Worker:
+    """A process of ours, and what it writes its report to."""
+
     name: str
     process: asyncio.subprocess.Process
     report_fd: int
@@ -193,7 +199,7 @@ class _Worker:
         return BuildFailed(f"{crashed}; it said: {said}" if said else crashed)
 
 
-def _report_file(ends: ExitStack) -> int:
+def report_file(ends: ExitStack) -> int:
     """Not a pipe: whatever a worker writes, or leaves open behind it, its end is its end."""
     fd = os.memfd_create("report", os.MFD_CLOEXEC)
     ends.callback(os.close, fd)
@@ -206,7 +212,7 @@ def _verdict(reports: list[dict[str, Any]]) -> list[BuildRecord]:
     A rotten blob explains all else. A builder that the disk or the kernel failed explains a stream cut
     short, and a stream cut short or corrupt explains what the builder saw of it.
     """
-    built, unpacked = [*(_failure(report) for report in reports), None][:2]
+    built, unpacked = [*(failure_of(report) for report in reports), None][:2]
     if isinstance(unpacked, _NOT_A_DECOMPRESSORS):
         unpacked = BuildFailed(f"the decompressor says {type(unpacked).__name__}: {unpacked}")
     if isinstance(built, (DigestMismatch, BuildFailed)) and not isinstance(built, CutShort):
@@ -238,12 +244,13 @@ def _verdict(reports: list[dict[str, Any]]) -> list[BuildRecord]:
 _NOT_A_DECOMPRESSORS: Final = (DigestMismatch, FormatError, UnsupportedError, NoSpace)
 
 
-def _failure(report: dict[str, Any]) -> BlockdevError | None:
+def failure_of(report: dict[str, Any]) -> BlockdevError | None:
+    """What a worker's report says went wrong."""
     return protocol.decode_error(report) if "error" in report else None
 
 
-async def _start(program: str, *arguments: str, **options: Any) -> asyncio.subprocess.Process:
-    """Raises BuildFailed."""
+async def start(program: str, *arguments: str, **options: Any) -> asyncio.subprocess.Process:
+    """One of PROGRAMS, in a session of its own. Raises BuildFailed."""
     options.setdefault("stdin", asyncio.subprocess.DEVNULL)
     try:
         return await asyncio.create_subprocess_exec(

@@ -26,6 +26,8 @@ _KINDS: Final = {
         errors.LimitExceeded,
         errors.DigestMismatch,
         errors.NoSpace,
+        errors.SourceChanged,
+        errors.KernelError,
         errors.CutShort,
         errors.BuildFailed,
     )

@@ -55,12 +55,17 @@ class Bounds(NamedTuple):
 
 
 class Profile(NamedTuple):
+    """`capabilities`: what it keeps of those that it has, as numbers, and with them its user. `opens`: files that it
+    may have open beside `descriptors`, for reading."""
+
     name: str
     descriptors: frozenset[int]
     bounds: Bounds
     threads: bool
     rules: tuple[Rule, ...]
     refusals: tuple[Refusal, ...]
+    capabilities: frozenset[int] = frozenset()
+    opens: int = 0
 
 
 def _descriptor_rules(calls: str, descriptors: frozenset[int]) -> tuple[Rule, ...]:
@@ -155,6 +160,42 @@ def builder(status_fd: int, *, sources: frozenset[int], pipes: frozenset[int], f
     )
 
 
+def archiver(status_fd: int, *, source_fd: int, out_fd: int, bounds: Bounds) -> Profile:
+    """Reads files below the directory `source_fd`, whoever owns them, or that file; writes to `out_fd` in order."""
+    return Profile(
+        name="archiver",
+        descriptors=frozenset((source_fd, out_fd, 1, 2, status_fd)),
+        bounds=bounds,
+        threads=False,
+        rules=(
+            *_descriptor_rules("write", frozenset((out_fd, 1, 2))),
+            Rule("openat", (Argument(2, (0,), os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),)),
+            Rule("fcntl", (Argument(1, (_F_SETFD, _F_GETFL, _F_DUPFD_CLOEXEC)),)),
+            *(Rule(call) for call in _READING.split()),
+            *_COMPUTING,
+        ),
+        refusals=tuple(
+            refusal
+            for refusal in (*_ON_ITS_OWN, *_refused("gettid getpid sched_getaffinity"))
+            if refusal.call not in {"openat", "fcntl", *_READING.split()}
+        ),
+        capabilities=frozenset((_CAP_DAC_READ_SEARCH, _CAP_SYS_ADMIN)),
+        opens=_ARCHIVER_OPENS,
+    )
+
+
+# Nothing of it changes anything; CAP_SYS_ADMIN, without which the kernel hides trusted.*, has no other use with it.
+_READING: Final = (
+    "read preadv preadv2 lseek close fstat newfstatat getdents64 readlinkat getxattr fgetxattr listxattr flistxattr"
+)
+_CAP_DAC_READ_SEARCH: Final = 2
+_CAP_SYS_ADMIN: Final = 21
+_F_SETFD: Final = 2
+_F_GETFL: Final = 3
+_F_DUPFD_CLOEXEC: Final = 1030
+_ARCHIVER_OPENS: Final = 16
+
+
 def open_status() -> int:
     """A descriptor of the caller's own /proc/self/status: behind the door nothing can be opened any more."""
     return os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
@@ -171,15 +212,16 @@ def shut(profile: Profile, parent_pid: int) -> list[str]:
         _close_others(profile.descriptors)
         if _drop_bounding_set():
             active.append("bounding-set")
-        if _change_user():
+        kept = profile.capabilities and profile.capabilities & _permitted()
+        if not kept and _change_user():
             active.append("user")
-        _drop_capabilities()
+        _drop_capabilities(kept)
         active.append("capabilities")
         # Neither ptrace nor a core file: there are others with this user ID.
         _calls.prctl(_PR_SET_DUMPABLE, 0)
         _calls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
         active.append("no-new-privs")
-        if abi := _landlock():
+        if abi := _landlock(reads=bool(profile.opens)):
             active.append(f"landlock-abi{abi}")
         # Not earlier: the kernel forgets it when the user changes (man 2 PR_SET_PDEATHSIG).
         _calls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -243,23 +285,42 @@ def _change_user() -> bool:
     return True
 
 
-def _drop_capabilities() -> None:
+def _permitted() -> frozenset[int]:
+    """The capabilities that this process can have, by their numbers."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        mask = next((int(line.split()[1], 16) for line in status if line.startswith("CapPrm:")), 0)
+    return frozenset(number for number in range(64) if mask >> number & 1)
+
+
+def _drop_capabilities(kept: frozenset[int]) -> None:
     with suppress(OSError):  # Linux before 4.3; what it had is gone with the next call
         _calls.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    _calls.capset(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
+    mask = sum(1 << number for number in kept)
+    low, high = mask & 0xFFFF_FFFF, mask >> 32
+    # struct __user_cap_data_struct, twice: effective, permitted, inheritable
+    data = struct.pack("=6I", low, low, 0, high, high, 0)
+    _calls.capset(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), data)
 
 
 _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
 
 
-def _landlock() -> int:
-    """No file system access, no TCP, no abstract socket or signal to the outside. The ABI version; 0: none."""
+_LANDLOCK_READ: Final = 0b1100  # READ_FILE, READ_DIR
+
+
+def _landlock(*, reads: bool) -> int:
+    """No file system access, or only reading; no TCP, no abstract socket or signal to the outside.
+
+    The ABI version; 0: none.
+    """
     try:
         abi = _calls.landlock_create_ruleset(None, _LANDLOCK_CREATE_RULESET_VERSION)
     except OSError:
         return 0  # not built, or not among the security modules of this boot
     rights = 13 + (abi >= 2) + (abi >= 3)  # the first ones, REFER, TRUNCATE
     file_system = (1 << rights) - 1 | (abi >= 5) << 15  # IOCTL_DEV
+    if reads:
+        file_system &= ~_LANDLOCK_READ
     network = 0b11 if abi >= 4 else 0  # BIND_TCP, CONNECT_TCP
     scopes = 0b11 if abi >= 6 else 0  # ABSTRACT_UNIX_SOCKET, SIGNAL
     ruleset = _calls.landlock_create_ruleset(struct.pack("=QQQ", file_system, network, scopes), 0)
@@ -279,7 +340,8 @@ def _limit(profile: Profile) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
-        (resource.RLIMIT_NOFILE, 0),  # those that are open stay so
+        # Those that are open stay so.
+        (resource.RLIMIT_NOFILE, max(profile.descriptors) + 1 + profile.opens if profile.opens else 0),
     ]
     if not profile.threads:
         # With threads there is no number to name: all processes of this user count, a container's too.

@@ -210,7 +210,7 @@ async def test_whatever_the_decompressor_says_the_verdict_is_ours(
     run: Run, monkeypatch: pytest.MonkeyPatch, report: str
 ) -> None:
     """It parses hostile bytes in C. Taken over, it can choose the tar and what it reports."""
-    start = launch._start
+    start = launch.start
 
     async def forged(program: str, *arguments: str, **options: Any) -> asyncio.subprocess.Process:
         if program == "builder":
@@ -218,7 +218,7 @@ async def test_whatever_the_decompressor_says_the_verdict_is_ours(
         code = f"import os, sys; sys.stderr.write({report!r}); sys.stderr.flush(); os._exit({int('error' in report)})"
         return await asyncio.create_subprocess_exec(sys.executable, "-c", code, start_new_session=True, **options)
 
-    monkeypatch.setattr(launch, "_start", forged)
+    monkeypatch.setattr(launch, "start", forged)
     with pytest.raises(BuildFailed) as caught:
         await run(gzip.compress(big_tar(1 << 20)), "+gzip")
     assert type(caught.value) is BuildFailed
