@@ -43,6 +43,11 @@ class Activation:
     def prepare(self) -> None:
         self._directory.mkdir(mode=0o700, exist_ok=True)
 
+    def layer_at(self, path: str) -> LayerID | None:
+        """The layer whose mount point this path would be."""
+        point = Path(path)
+        return LayerID(int(point.name, 16)) if point.parent == self._directory and _is_id(point.name) else None
+
     async def ensure(
         self,
         layers: Callable[[], Awaitable[Sequence[Layer]]],

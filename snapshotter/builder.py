@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
-from blockdev.errors import BlockdevError
-from blockdev.formats.compression import compression_of
+from blockdev.errors import BlockdevError, BuildFailed
+from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.limits import Limits
+from blockdev.workers.archive import Archive, ArchiveRecord, ArchiveRequest, archiving
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.parameters import Output
 from snapshotter import metrics
@@ -33,6 +37,9 @@ _RECENT_SECONDS: Final = 300.0
 _PROCESSORS_OF_A_PROCESS: Final = 2
 _CPU_SECONDS_MIN: Final = 60
 
+
+# Of what is no blob and has no media type of its own.
+_PLAIN_TAR: Final = "application/vnd.oci.image.layer.v1.tar"
 
 _Key: TypeAlias = tuple[str, int, str, str]  # blob digest, its size as the caller has it, compression, format
 
@@ -63,6 +70,7 @@ class Builder:
         self._metastore, self._store, self._content = metastore, store, content
         self._slots = asyncio.Semaphore(workers)
         self._limits, self._timeout, self._per_namespace = limits, timeout_seconds, per_namespace
+        self._cpu_seconds = max(_CPU_SECONDS_MIN, math.ceil(_PROCESSORS_OF_A_PROCESS * timeout_seconds))
         self._running: dict[_Key, _Running] = {}
         self._tasks: set[asyncio.Task[Layer]] = set()
         self._closed = False
@@ -192,21 +200,64 @@ class Builder:
             await self._metastore.mark_broken([layer.id])
         return not why
 
+    async def build_changes(self, directory: Path, snapshot_name: str, format: str) -> Layer:
+        """A READY layer of what lies in a snapshot's upper directory. Cancelling ends it, and nothing is kept.
+
+        Raises FailedPrecondition where the directory changes meanwhile, NotFound where it has gone, and other
+        SnapshotterErrors.
+        """
+        return await self._bounded(
+            {"changes_of": snapshot_name}, format, lambda: self._build_changes_now(directory, snapshot_name, format)
+        )
+
+    @asynccontextmanager
+    async def archive(
+        self,
+        source_fd: int,
+        name: str,
+        *,
+        tar_offset_bytes: int,
+        tar_size_bytes: int | None,
+        compression: Compression,
+        latest_mtime: int | None,
+    ) -> AsyncIterator[Archive]:
+        """A tar with its digests, for who stores it himself. It counts as a build and is bounded like one."""
+        request = ArchiveRequest(
+            source_fd=source_fd,
+            name=name,
+            tar_offset_bytes=tar_offset_bytes,
+            tar_size_bytes=tar_size_bytes,
+            compression=compression,
+            digests=True,
+            latest_mtime=latest_mtime,
+            cpu_seconds=self._cpu_seconds,
+            limits=self._limits,
+        )
+        async with self._slots, archiving(request) as archive:
+            yield archive
+
     async def _build(self, blob: Blob, compression: str, format: str, caller: Caller) -> Layer:
+        return await self._bounded(
+            {"blob": blob.digest}, format, lambda: self._build_now(blob, compression, format, caller)
+        )
+
+    async def _bounded(self, of: dict[str, str], format: str, work: Callable[[], Awaitable[Layer]]) -> Layer:
+        """`of`: for the log, what the layer is made of, and its kind."""
+        [what] = of.values()
         async with self._slots:
             started = time.monotonic()
             metrics.BUILDS_RUNNING.inc()
             result = "failed"
             try:
-                layer = await asyncio.wait_for(self._build_now(blob, compression, format, caller), self._timeout)
+                layer = await asyncio.wait_for(work(), self._timeout)
                 result = "ok"
             except TimeoutError:
-                raise DeadlineExceeded(f"layer {blob.digest}: the build took over {self._timeout} s") from None
+                raise DeadlineExceeded(f"layer {what}: the build took over {self._timeout} s") from None
             except asyncio.CancelledError:
                 result = "cancelled"
                 raise
             except (BlockdevError, OSError) as error:
-                self._log.warning("build failed", blob=blob.digest, format=format, error=str(error))
+                self._log.warning("build failed", **of, format=format, error=str(error))
                 raise translate(error) from error
             finally:
                 metrics.BUILDS_RUNNING.dec()
@@ -215,7 +266,7 @@ class Builder:
             metrics.BUILD_SECONDS.labels(format).observe(seconds)
             metrics.BUILD_BYTES.labels(format).inc(layer.tar_size_bytes)
             self._log.info(
-                "layer built", blob=blob.digest, diff_id=layer.diff_id, format=format, root_hash=layer.root_hash,
+                "layer built", **of, diff_id=layer.diff_id, format=format, root_hash=layer.root_hash,
                 seconds=round(seconds, 3), tar_bytes=layer.tar_size_bytes, warnings=layer.warnings,
             )  # fmt: skip
             return layer
@@ -225,23 +276,67 @@ class Builder:
         async with self._store.staged() as staged:
             trace("build.staged")
             async with self._content.open(blob, caller) as blob_fd:
-                [record] = await run_build(
-                    BuildRequest(
-                        blob_fd=blob_fd,
-                        outputs=(Output(format, staged.fd, staged.spool_fd, staged.table_fd),),
-                        media_type=blob.media_type,
-                        layer_name=blob.digest,
-                        expected_digest=blob.digest,
-                        expected_size_bytes=blob.size_bytes,
-                        limits=self._limits,
-                        cpu_seconds=max(_CPU_SECONDS_MIN, math.ceil(_PROCESSORS_OF_A_PROCESS * self._timeout)),
-                    )
+                record = await self._run(
+                    staged, format, blob_fd=blob_fd, media_type=blob.media_type, layer_name=blob.digest,
+                    expected_digest=blob.digest, expected_size_bytes=blob.size_bytes,
+                )  # fmt: skip
+            return await self._finish(staged, record, compression, started)
+
+    async def _build_changes_now(self, directory: Path, snapshot_name: str, format: str) -> Layer:
+        started = time.monotonic()
+        async with self._store.staged() as staged:
+            trace("build.staged")
+            try:
+                source_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise NotFound(f"snapshot {snapshot_name!r} was committed or removed meanwhile") from None
+            try:
+                record = await self._run_changes(staged, source_fd, snapshot_name, format)
+            finally:
+                os.close(source_fd)
+            return await self._finish(staged, record, Compression.NONE.value, started)
+
+    async def _run_changes(self, staged: Staged, source_fd: int, snapshot_name: str, format: str) -> BuildRecord:
+        """One pass: the archiver's tar is the builder's blob."""
+        name = f"changes of snapshot {snapshot_name!r}"
+        request = ArchiveRequest(source_fd=source_fd, name=name, cpu_seconds=self._cpu_seconds, limits=self._limits)
+        async with archiving(request) as archive:
+            try:
+                record = await self._run(
+                    staged, format, blob_fd=archive.fd, media_type=_PLAIN_TAR, layer_name=f"of the {name}"
                 )
-            self._say_protections(record)
-            trace("build.built")
-            layer = await to_the_end(self._publish(staged, record, compression, time.monotonic() - started))
-            trace("build.recorded")
-            return layer
+            except BlockdevError:
+                await archive.finish()  # raises, where that is why the tar was cut short
+                raise
+            # A tar may end anywhere between two members: only the archiver knows where this one did.
+            written = await archive.finish()
+        if written is None or written.tar_size_bytes != record.tar_size_bytes:
+            raise BuildFailed(f"{name}: {record.tar_size_bytes} bytes came out of the archiver, which is not all")
+        self._say_left_out(written, snapshot_name)
+        return record
+
+    def _say_left_out(self, written: ArchiveRecord, snapshot_name: str) -> None:
+        if written.left_out:
+            self._log.warning("changes that no layer holds", changes_of=snapshot_name, left_out=written.left_out)
+
+    async def _run(self, staged: Staged, format: str, **fields: Any) -> BuildRecord:
+        """`fields`: of BuildRequest, those that are the blob's."""
+        [record] = await run_build(
+            BuildRequest(
+                outputs=(Output(format, staged.fd, staged.spool_fd, staged.table_fd),),
+                limits=self._limits,
+                cpu_seconds=self._cpu_seconds,
+                **fields,
+            )
+        )
+        self._say_protections(record)
+        return record
+
+    async def _finish(self, staged: Staged, record: BuildRecord, compression: str, started: float) -> Layer:
+        trace("build.built")
+        layer = await to_the_end(self._publish(staged, record, compression, time.monotonic() - started))
+        trace("build.recorded")
+        return layer
 
     def _say_protections(self, record: BuildRecord) -> None:
         """At the first build, and when it changes."""

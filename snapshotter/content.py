@@ -269,6 +269,11 @@ class Content:
         if self._channel is not None:
             await self._channel.close()
 
+    @property
+    def blobs(self) -> Path:
+        """Where it looks for files."""
+        return self._blobs
+
     def _path(self, digest: str) -> Path:
         return self._blobs / digest.removeprefix("sha256:")
 
@@ -370,10 +375,14 @@ class Content:
         finally:
             writer.close()
 
-    def _stub(self) -> content_pb2_grpc.ContentStub:
+    def channel(self) -> grpc.aio.Channel:
+        """To containerd, connected when it is first used."""
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(f"unix:{self._address}")
-        return content_pb2_grpc.ContentStub(self._channel)  # type: ignore[no-untyped-call]
+        return self._channel
+
+    def _stub(self) -> content_pb2_grpc.ContentStub:
+        return content_pb2_grpc.ContentStub(self.channel())  # type: ignore[no-untyped-call]
 
     def _translated(self, error: grpc.aio.AioRpcError, blob: Blob) -> SnapshotterError:
         if error.code() == grpc.StatusCode.NOT_FOUND:

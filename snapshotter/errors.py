@@ -80,6 +80,7 @@ _KINDS: Final[tuple[tuple[type[blockdev.BlockdevError], type[SnapshotterError]],
     (blockdev.CompressionError, InvalidArgument),
     # Not UNIMPLEMENTED: another differ would unpack the layer unverified.
     (blockdev.UnsupportedError, InvalidArgument),
+    (blockdev.SourceChanged, FailedPrecondition),
     (blockdev.LimitExceeded, OverLimit),
     (blockdev.NoSpace, ResourceExhausted),
 )

@@ -21,8 +21,8 @@ from snapshotter.errors import DeadlineExceeded, SnapshotterError, Unavailable, 
 from snapshotter.log import get_logger
 
 _SECONDS: Final = 60.0
-# Two that may wait for a build, which has a bound of its own below this.
-_BUILDING: Final = frozenset({"Apply", "Commit"})
+# Those that may wait for a build, which has a bound of its own below this; a Diff takes as long as one.
+_BUILDING: Final = frozenset({"Apply", "Commit", "Diff"})
 _BUILDING_SLACK_SECONDS: Final = 60.0
 
 

@@ -19,7 +19,6 @@ from snapshotter.api.proto import (
 )
 from snapshotter.content import Blob, Caller
 from snapshotter.contracts import Mount
-from snapshotter.errors import Unimplemented
 from snapshotter.metastore import Kind, Snapshot
 from snapshotter.snapshots import Snapshots
 
@@ -142,5 +141,15 @@ class DiffService(diff_pb2_grpc.DiffServicer):
         )
 
     async def Diff(self, request: Any, context: Any) -> diff_pb2.DiffResponse:
-        # containerd then asks the next differ of its list, which compares the mounted trees.
-        raise Unimplemented("Diff is left to containerd's own differ")
+        blob = await self._snapshots.diff(
+            _from_mounts(request.left),
+            _from_mounts(request.right),
+            request.media_type,
+            request.ref,
+            dict(request.labels),
+            request.source_date_epoch.seconds if request.HasField("source_date_epoch") else None,
+            _caller(context),
+        )
+        return diff_pb2.DiffResponse(
+            diff=types_pb2.Descriptor(media_type=blob.media_type, digest=blob.digest, size=blob.size_bytes)
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ten operations of Snapshots v1, Apply of Diff v1, and their rules, in the interface's order.
+"""The ten operations of Snapshots v1, Apply and Diff of Diff v1, and their rules, in the interface's order.
 
 Durable order: files are synced and in place, then one transaction, then the reply. What a crash
 leaves between two of these steps, `reconcile` finishes or undoes.
@@ -24,6 +24,7 @@ from snapshotter.content import Blob, Caller, Content
 from snapshotter.contracts import CONTRACTS, Mount
 from snapshotter.contracts.limit import check_layers
 from snapshotter.contracts.mount import directories_of, extraction_mounts
+from snapshotter.differ import Differ
 from snapshotter.directories import Directories
 from snapshotter.errors import (
     AlreadyExists,
@@ -79,6 +80,8 @@ class Snapshots:
         self._candidates = Candidates(formats, builder, content)
         self._parents = Parents(metastore, store, builder)
         self._usage = Usage(directories.filled)
+        self._content = content
+        self._differ = Differ(metastore, store, directories, activation, builder, content, self._mounts)
         self._background = Background()
         # Once containerd has called Apply it will again, with the very blob: nothing is left to guess.
         self._applies = False
@@ -126,8 +129,9 @@ class Snapshots:
     async def commit(
         self, snapshotter: str, name: str, key: str, parent: str, labels: Mapping[str, str], caller: Caller
     ) -> None:
-        """Raises AlreadyExists (name), NotFound, FailedPrecondition (not active; no layer; wrong chain),
-        InvalidArgument (another parent), and what the build of a layer raises that no Apply has brought."""
+        """Raises AlreadyExists (name), NotFound, FailedPrecondition (not active; no layer; wrong chain; changes while
+        it is read), InvalidArgument (another parent), and what the build of a layer raises that no Apply has brought.
+        """
         if not name:
             raise InvalidArgument("a snapshot cannot be committed without a name")
         # First: a caller that did not hear of its commit asks again, and its key is gone.
@@ -282,6 +286,19 @@ class Snapshots:
             # Not waited for in containerd's write transaction, as at Commit.
             await self._parents.of(await self._metastore.by_id(snapshot.parent_id), layer)
         return layer
+
+    async def diff(
+        self,
+        left: Sequence[Mount],
+        right: Sequence[Mount],
+        media_type: str,
+        ref: str,
+        labels: Mapping[str, str],
+        latest_mtime: int | None,
+        caller: Caller,
+    ) -> Blob:
+        """See Differ.diff."""
+        return await self._differ.diff(left, right, media_type, ref, labels, latest_mtime, caller)
 
     def _ours(self, mounts: Sequence[Mount]) -> SnapshotID | None:
         return next(filter(None, map(self._directories.owner, directories_of(mounts))), None)
@@ -479,21 +496,26 @@ class Snapshots:
                 await self._metastore.mark_broken([layer.id])
             if why or layer.state is not LayerState.READY:
                 raise BrokenLayer(layer, why or "was found broken")
+            if not snapshot.extraction and not await self._directories.is_empty(snapshot.id):
+                raise FailedPrecondition(f"snapshot {snapshot.name!r} has a layer, and changes beside it")
             return layer
+        if not snapshot.extraction and not is_digest(last_component(name)):
+            named = self._names[snapshot.snapshotter]
+            return await self._builder.build_changes(self._directories.filled(snapshot.id), snapshot.name, named.format)
         chain = chain_id_of(name)
-        if chain is None and snapshot.extraction:
-            raise FailedPrecondition(f"no layer was applied to snapshot {snapshot.name!r}, and {name!r} names none")
         if chain is None:
-            raise Unimplemented(
-                f"snapshot {snapshot.name!r} has no layer, and {name!r} names none:"
-                " changes of a container cannot be committed in this version"
-            )
+            raise FailedPrecondition(f"no layer was applied to snapshot {snapshot.name!r}, and {name!r} names none")
+        # What may lie in its directory an unpacker has written: the image's tar, which has the diff ID, it is not.
         # The early build, if there is one, is joined by asking for the same again.
         self._candidates.stop(snapshot.id)
         found = await self._candidates.layer(snapshot, chain, caller)
         if found is None:
+            hint = (
+                "" if snapshot.extraction else "; changes of a container are committed under a name that is no digest"
+            )
             raise FailedPrecondition(
-                f"no blob for chain ID {chain} is in containerd's content store; fetch it again:"
-                f" ctr -n {caller.namespace or 'default'} content fetch IMAGE, then pull or run again"
+                f"no blob for chain ID {chain} is in containerd's content store, {self._content.blobs} (is that where"
+                " containerd has it?); fetch it again:"
+                f" ctr -n {caller.namespace or 'default'} content fetch IMAGE, then pull or run again{hint}"
             )
         return found

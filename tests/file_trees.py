@@ -13,7 +13,7 @@ from typing import Any
 def observe(top: Path, *, xattrs: bool = True) -> dict[bytes, dict[str, Any]]:
     """By path, the top's being empty. Directories' sizes and link counts are their file system's own affair."""
     found: dict[bytes, dict[str, Any]] = {}
-    first_names: dict[int, bytes] = {}
+    first_names: dict[tuple[int, int], bytes] = {}  # overlay has several devices
     todo = [b""]
     while todo:
         path = todo.pop()
@@ -30,7 +30,7 @@ def observe(top: Path, *, xattrs: bool = True) -> dict[bytes, dict[str, Any]]:
             todo += sorted((os.path.join(path, name) for name in os.listdir(full)), reverse=True)
         else:
             seen["nlink"] = status.st_nlink
-            seen["same as"] = first_names.setdefault(status.st_ino, path)
+            seen["same as"] = first_names.setdefault((status.st_dev, status.st_ino), path)
             seen["rdev"] = status.st_rdev
             seen["size"] = status.st_size
         if stat.S_ISLNK(status.st_mode):

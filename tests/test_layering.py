@@ -15,7 +15,7 @@ ORDER = ["verity", "blockdev", "policy", "snapshotter"]
 # What a package may bring in from outside; None: anything that pyproject.toml names.
 OUTSIDE: dict[str, set[str] | None] = {"verity": set(), "blockdev": {"isal", "zstandard", "pyroute2"}, "policy": None}
 # Only these know gRPC and protobuf.
-GRPC = {"api", "service", "interceptor", "daemon", "content", "errors"}
+GRPC = {"api", "service", "interceptor", "daemon", "content", "ingest", "errors"}
 
 
 def modules() -> list[tuple[str, Path]]:

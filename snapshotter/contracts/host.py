@@ -31,5 +31,7 @@ def container_mounts(lowers: Sequence[Path], upper: Path | None, work: Path | No
 
 
 def _overlay(stack: list[str], *more: str) -> Mount:
-    # index=off: an upper directory may be mounted again while a stale mount of it lingers.
-    return Mount("overlay", "overlay", ("index=off", *more, f"lowerdir={':'.join(stack)}"))
+    # index=off: an upper directory may be mounted again while a stale mount of it lingers. The other two, which some
+    # kernels turn on, leave things in lower directories alone: an upper directory would not hold its changes.
+    options = ("index=off", "redirect_dir=off", "metacopy=off", *more, f"lowerdir={':'.join(stack)}")
+    return Mount("overlay", "overlay", options)

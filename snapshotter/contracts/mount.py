@@ -20,6 +20,24 @@ def extraction_mounts(directory: Path) -> list[Mount]:
     return [Mount("bind", str(directory), ("rbind", "rw", "nosuid", "nodev", "noexec"))]
 
 
+def lowers_of(mounts: Sequence[Mount]) -> list[str]:
+    """The directories that these mounts show and nobody can write to, topmost first; none where there are others."""
+    if len(mounts) != 1:
+        return []
+    mount = mounts[0]
+    if mount.type in ("bind", "rbind"):
+        return [mount.source]
+    if mount.type != "overlay" or any(option.startswith("upperdir=") for option in mount.options):
+        return []
+    return [
+        path
+        for option in mount.options
+        for name, _, value in [option.partition("=")]
+        if name in ("lowerdir", "lowerdir+")
+        for path in value.split(":")
+    ]
+
+
 def directories_of(mounts: Sequence[Mount]) -> list[str]:
     """The directories that an Apply into these mounts would write to: none where it is not one."""
     if len(mounts) != 1:

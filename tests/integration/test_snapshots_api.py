@@ -424,14 +424,6 @@ def test_a_snapshot_without_parent_may_get_one_at_commit(api: Api) -> None:
     assert below in refused(Code.FAILED_PRECONDITION, api.remove, below)
 
 
-def test_changes_of_a_container_cannot_be_committed_yet(api: Api) -> None:
-    key = api.key("container")
-    (mount,) = api.prepare(key)
-    (Path(mount.source) / "file").write_text("x")
-    refused(Code.UNIMPLEMENTED, api.commit, "default/9/changes", key)
-    assert (Path(mount.source) / "file").exists()
-
-
 def test_of_many_commits_of_one_key_exactly_one_wins(api: Api) -> None:
     key = api.unpacked("a")
     names = [api.key(chain_of(["a"])) for _ in range(10)]
@@ -694,10 +686,6 @@ def test_a_name_that_is_not_configured_is_refused_by_every_call(api: Api) -> Non
         ):
             assert SNAPSHOTTER in refused(Code.INVALID_ARGUMENT, call, *arguments, snapshotter=other)
     assert api.list() == [key]
-
-
-def test_diffs_are_left_to_containerds_own_differ(api: Api) -> None:
-    refused(Code.UNIMPLEMENTED, api.diff.Diff, diff_pb2.DiffRequest(), timeout=30)
 
 
 HOSTILE = (

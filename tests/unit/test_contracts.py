@@ -11,7 +11,7 @@ from blockdev.formats.layer_file import FORMATS
 from snapshotter.config import Config
 from snapshotter.contracts import CONTRACTS, Mount, host
 from snapshotter.contracts.limit import check_layers
-from snapshotter.contracts.mount import directories_of, extraction_mounts
+from snapshotter.contracts.mount import directories_of, extraction_mounts, lowers_of
 from snapshotter.errors import FailedPrecondition
 
 UPPER, WORK = Path("/r/snapshots/7/fs"), Path("/r/snapshots/7/work")
@@ -35,6 +35,8 @@ def test_a_container_stands_on_its_layers_topmost_first() -> None:
     assert (mount.type, mount.source) == ("overlay", "overlay")
     assert set(mount.options) == {
         "index=off",
+        "redirect_dir=off",
+        "metacopy=off",
         "upperdir=/r/snapshots/7/fs",
         "workdir=/r/snapshots/7/work",
         "lowerdir=/r/m/c:/r/m/b:/r/m/a",
@@ -142,6 +144,22 @@ def test_an_extraction_may_write_and_run_nothing() -> None:
 )
 def test_where_an_apply_would_write(mounts: list[Mount], expected: list[str]) -> None:
     assert directories_of(mounts) == expected
+
+
+@pytest.mark.parametrize(
+    ("mounts", "expected"),
+    [
+        ([], []),
+        ([Mount("bind", "/a", ("rbind", "ro"))], ["/a"]),
+        ([Mount("overlay", "overlay", ("lowerdir=/l:/m", "x"))], ["/l", "/m"]),
+        ([Mount("overlay", "overlay", ("lowerdir+=/l", "lowerdir+=/m"))], ["/l", "/m"]),
+        ([Mount("overlay", "overlay", ("lowerdir=/l", "upperdir=/u", "workdir=/w"))], []),
+        ([Mount("erofs", "/a", ())], []),
+        ([Mount("bind", "/a", ()), Mount("bind", "/a", ())], []),
+    ],
+)
+def test_what_a_view_shows(mounts: list[Mount], expected: list[str]) -> None:
+    assert lowers_of(mounts) == expected
 
 
 def test_our_own_answers_are_recognised() -> None:

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from snapshotter.api.proto import content_pb2 as snapshotter_dot_api_dot_proto_dot_content__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -39,10 +40,25 @@ class ContentStub(object):
                 request_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.InfoRequest.SerializeToString,
                 response_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.InfoResponse.FromString,
                 _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/containerd.services.content.v1.Content/Update',
+                request_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.UpdateResponse.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/containerd.services.content.v1.Content/Read',
                 request_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.ReadContentRequest.SerializeToString,
                 response_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.ReadContentResponse.FromString,
+                _registered_method=True)
+        self.Write = channel.stream_stream(
+                '/containerd.services.content.v1.Content/Write',
+                request_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.WriteContentRequest.SerializeToString,
+                response_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.WriteContentResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/containerd.services.content.v1.Content/Abort',
+                request_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.AbortRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
 
 
@@ -55,7 +71,25 @@ class ContentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Update(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Read(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Write(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,10 +103,25 @@ def add_ContentServicer_to_server(servicer, server):
                     request_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.InfoRequest.FromString,
                     response_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.InfoResponse.SerializeToString,
             ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.UpdateRequest.FromString,
+                    response_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.UpdateResponse.SerializeToString,
+            ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
                     request_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.ReadContentRequest.FromString,
                     response_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.ReadContentResponse.SerializeToString,
+            ),
+            'Write': grpc.stream_stream_rpc_method_handler(
+                    servicer.Write,
+                    request_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.WriteContentRequest.FromString,
+                    response_serializer=snapshotter_dot_api_dot_proto_dot_content__pb2.WriteContentResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=snapshotter_dot_api_dot_proto_dot_content__pb2.AbortRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -113,6 +162,33 @@ class Content(object):
             _registered_method=True)
 
     @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.content.v1.Content/Update',
+            snapshotter_dot_api_dot_proto_dot_content__pb2.UpdateRequest.SerializeToString,
+            snapshotter_dot_api_dot_proto_dot_content__pb2.UpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Read(request,
             target,
             options=(),
@@ -129,6 +205,60 @@ class Content(object):
             '/containerd.services.content.v1.Content/Read',
             snapshotter_dot_api_dot_proto_dot_content__pb2.ReadContentRequest.SerializeToString,
             snapshotter_dot_api_dot_proto_dot_content__pb2.ReadContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Write(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/containerd.services.content.v1.Content/Write',
+            snapshotter_dot_api_dot_proto_dot_content__pb2.WriteContentRequest.SerializeToString,
+            snapshotter_dot_api_dot_proto_dot_content__pb2.WriteContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.content.v1.Content/Abort',
+            snapshotter_dot_api_dot_proto_dot_content__pb2.AbortRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,
