@@ -10,7 +10,7 @@ waits for a walk of a big directory. An answer is
 
 One thread walks, a slice of time for each directory in turn, the youngest walks first: a small
 directory waits for one slice of a big one, never for all of it. Between slices of walks that take
-several it rests, and a result holds for some times the time that its walk took. So however many
+several it rests, and the result of such a one holds for some times the time that it took. So however many
 containers write however many files, walks take a bounded part of one processor.
 """
 
@@ -159,12 +159,12 @@ class Usage:
             if self._known.get(snapshot_id) is not known:
                 walk.close()
                 continue
-            started = time.monotonic()
+            started, first = time.monotonic(), not known.seconds
             over = await loop.run_in_executor(self._thread, walk.step, _SLICE_SECONDS)
             known.seconds += time.monotonic() - started
             if over:
                 known.result, known.walk = walk.so_far(), None
-                known.holds_until = time.monotonic() + _HOLDS_TIMES * known.seconds
+                known.holds_until = 0.0 if first else time.monotonic() + _HOLDS_TIMES * known.seconds
                 if not known.result.inodes:  # it went before it was walked
                     self._known.pop(snapshot_id, None)
             else:

@@ -75,7 +75,6 @@ async def test_a_small_directory_is_told_as_it_is(usage: Usage, place: Path) -> 
     (place / "1").mkdir()
     assert await usage.of(ONE) == disk_usage(place / "1")
     (place / "1" / "file").write_bytes(b"x" * 100_000)
-    await asyncio.sleep(0.05)
     assert await usage.of(ONE) == disk_usage(place / "1")
     assert await usage.of(TWO) == Use(0, 0)
     assert TWO not in usage._known
