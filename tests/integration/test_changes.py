@@ -23,7 +23,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from snapshotter.api.proto import diff_pb2, snapshots_pb2, types_pb2
 from tests.file_trees import differences, observe
 from tests.harness import BIN, SNAPSHOTTER, Containerd, Daemon, ProcessFailed, oci_archive, run, wait_for
-from tests.integration.conftest import Node
+from tests.integration.conftest import Node, a_node
 from tests.integration.test_images import promised, reference
 from tests.integration.test_snapshots_api import PLAIN, Api, chain_of, digest_of, refused, tar_of
 from tests.integration.test_snapshots_api import api as api  # the fixture
@@ -247,30 +247,42 @@ def uncompressed(data: bytes, media_type: str) -> bytes:
     return subprocess.run(program, input=data, capture_output=True, check=True).stdout
 
 
-class Node21:
-    """A later containerd with an image and one changed snapshot on it, and its differ: ours."""
+class Differ:
+    """A later containerd with an image and, of its own name, one changed snapshot on it; and its differ: ours."""
 
     def __init__(self, node: Node, images: Path, tmp_path: Path) -> None:
-        self.node, self.daemon, self.containerd = node, node.daemon, node.containerd
-        self.containerd.import_image(images / "hello.tar")
+        self.daemon, self.containerd = node.daemon, node.containerd
         self.parent = promised(images, "hello")["chain_ids"][-1]
         self.parent_diff_id = promised(images, "hello")["diff_ids"][-1]
-        snapshots(self.containerd, "prepare", "key", self.parent)
-        with mounted(self.containerd, "key", tmp_path / "m") as root:
+        self._name, self._before = tmp_path.name, 0
+        self._before = self.mine()
+        self.key = self.name("key")
+        snapshots(self.containerd, "prepare", self.key, self.parent)
+        with mounted(self.containerd, self.key, tmp_path / "m") as root:
             change(root)
             self.tree = tree(root)
 
+    def name(self, text: str) -> str:
+        return f"{text}-of-{self._name}"
+
+    def own(self) -> list[types_pb2.Mount]:
+        return self.mounts("mounts", "/x", self.key)
+
+    def view(self, text: str = "view", parent: str | None = None) -> list[types_pb2.Mount]:
+        """Of the image, or with "" of nothing."""
+        parents = [self.parent] if parent is None else [parent] if parent else []
+        found = self.mounts("view", "--target", "/x", self.name(text), *parents)
+        # ctr does not say of it that it is to stay
+        snapshots(self.containerd, "label", self.name(text), "containerd.io/gc.root=1")
+        return found
+
     def mounts(self, *arguments: str) -> list[types_pb2.Mount]:
-        """What containerd would hand to a differ: of a snapshot by its own name, or of a new view."""
-        text = snapshots(self.containerd, *arguments)
-        if arguments[0] == "view":  # of which ctr does not say that it is to stay
-            snapshots(self.containerd, "label", arguments[3], "containerd.io/gc.root=1")
+        """What containerd would hand to a differ."""
         found = []
-        for command in text.splitlines():
+        for command in snapshots(self.containerd, *arguments).splitlines():
             words = shlex.split(command)
             options = words[words.index("-o") + 1].split(",")
-            kind = words[words.index("-t") + 1]
-            found.append(types_pb2.Mount(type=kind, source=words[3], options=options))
+            found.append(types_pb2.Mount(type=words[2], source=words[3], options=options))
         return found
 
     def diff(
@@ -283,12 +295,20 @@ class Node21:
             return descriptor
 
     def mine(self) -> int:
-        return int(self.daemon.metric("tardev_rpc_seconds_count", method="Diff", code="OK"))
+        """How many diffs were ours since this began."""
+        return int(self.daemon.metric("tardev_rpc_seconds_count", method="Diff", code="OK")) - self._before
+
+
+@pytest.fixture(scope="class")
+def diff_node(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[Node]:
+    with a_node(tmp_path_factory.mktemp("node"), "later") as made:
+        made.containerd.import_image(images / "hello.tar")
+        yield made
 
 
 @pytest.fixture
-def differ(later_node: Node, images: Path, tmp_path: Path) -> Node21:
-    return Node21(later_node, images, tmp_path)
+def differ(diff_node: Node, images: Path, tmp_path: Path) -> Differ:
+    return Differ(diff_node, images, tmp_path)
 
 
 TYPES = [PLAIN, f"{PLAIN}+gzip", f"{PLAIN}+zstd", "application/vnd.docker.image.rootfs.diff.tar.gzip"]
@@ -297,11 +317,11 @@ TYPES = [PLAIN, f"{PLAIN}+gzip", f"{PLAIN}+zstd", "application/vnd.docker.image.
 class TestDiff:
     pytestmark = on_a_node
 
-    def test_the_diff_is_what_a_commit_makes_of_it(self, differ: Node21, tmp_path: Path) -> None:
+    def test_the_diff_is_what_a_commit_makes_of_it(self, differ: Differ, tmp_path: Path) -> None:
         """And as a layer of an image it is the same container again."""
         containerd, daemon = differ.containerd, differ.daemon
-        first = snapshots_diff(containerd, "--keep", "key")
-        assert snapshots_diff(containerd, "--keep", "key") == first
+        first = snapshots_diff(containerd, "--keep", differ.key)
+        assert snapshots_diff(containerd, "--keep", differ.key) == first
         assert differ.mine() == 2
         tar = uncompressed(first, "+gzip")
         diff_id = digest_of(tar)
@@ -319,37 +339,41 @@ class TestDiff:
             assert differences(differ.tree, tree(root)) == {}
 
         before = daemon.metric("tardev_builds_total")
-        snapshots(containerd, "commit", "committed", "key")
+        snapshots(containerd, "commit", differ.name("committed"), differ.key)
         assert daemon.metric("tardev_builds_total") == before + 1
         assert layer_rows(daemon)[diff_id]["shared_by"] == 2
 
-    @pytest.mark.parametrize("media_type", TYPES)
-    def test_every_media_type(self, differ: Node21, media_type: str) -> None:
+    def test_every_media_type(self, differ: Differ) -> None:
         containerd = differ.containerd
-        out = snapshots_diff(containerd, "--keep", "--media-type", media_type, "key")
-        assert differ.mine() == 1
-        diff_id = digest_of(uncompressed(out, media_type.replace(".gzip", "+gzip")))
-        assert f"containerd.io/uncompressed={diff_id}" in content(containerd)[digest_of(out)]
-        snapshots(containerd, "commit", "committed", "key")
-        assert diff_id in layer_rows(differ.daemon)
+        diff_ids = set()
+        for media_type in TYPES:
+            out = snapshots_diff(containerd, "--keep", "--media-type", media_type, differ.key)
+            diff_id = digest_of(uncompressed(out, media_type.replace(".gzip", "+gzip")))
+            assert f"containerd.io/uncompressed={diff_id}" in content(containerd)[digest_of(out)]
+            diff_ids.add(diff_id)
+        assert differ.mine() == len(TYPES)
+        snapshots(containerd, "commit", differ.name("committed"), differ.key)
+        assert diff_ids <= set(layer_rows(differ.daemon))
+        assert len(diff_ids) == 1
 
-    def test_a_committed_snapshot_gives_its_layers_own_tar(self, differ: Node21) -> None:
+    def test_a_committed_snapshot_gives_its_layers_own_tar(self, differ: Differ) -> None:
         """Of the image: bit for bit what was pulled. Of changes: what was committed."""
         containerd = differ.containerd
         out = snapshots_diff(containerd, "--media-type", PLAIN, differ.parent)
         assert digest_of(out) == differ.parent_diff_id
-        snapshots(containerd, "commit", "committed", "key")
-        out = snapshots_diff(containerd, "--media-type", PLAIN, "committed")
+        before = differ.daemon.mounts()
+        snapshots(containerd, "commit", differ.name("committed"), differ.key)
+        out = snapshots_diff(containerd, "--media-type", PLAIN, differ.name("committed"))
         assert digest_of(out) in layer_rows(differ.daemon)
         assert differ.mine() == 2
-        wait_for("only the image stays", lambda: not differ.daemon.mounts())
+        # What it looked at is not mounted for nobody.
+        wait_for("its own mounts go", lambda: set(differ.daemon.mounts()) <= set(before))
 
-    def test_what_is_not_at_hand_is_left_to_the_next_differ(self, differ: Node21) -> None:
+    def test_what_is_not_at_hand_is_left_to_the_next_differ(self, differ: Differ) -> None:
         containerd = differ.containerd
-        snapshots(containerd, "prepare", "other", differ.parent)
-        own = differ.mounts("mounts", "/x", "key")
-        view = differ.mounts("view", "--target", "/x", "v", differ.parent)
-        nothing = differ.mounts("view", "--target", "/x", "n")
+        other = differ.name("other")
+        snapshots(containerd, "prepare", other, differ.parent)
+        own, view, nothing = differ.own(), differ.view(), differ.view("nothing", "")
         foreign = [types_pb2.Mount(type="bind", source="/etc", options=["rbind", "ro"])]
         changed = [types_pb2.Mount(type=own[0].type, source="overlay", options=[*own[0].options, "volatile"])]
         for left, right in (
@@ -360,16 +384,16 @@ class TestDiff:
         refused(Code.UNIMPLEMENTED, differ.diff, view, own, "application/octet-stream")
         assert differ.diff(view, own).digest
         # Through containerd, what is not at hand comes all the same: two snapshots that are not above each other.
-        assert uncompressed(snapshots_diff(containerd, "key", "other"), "+gzip")
+        assert uncompressed(snapshots_diff(containerd, differ.key, other), "+gzip")
         assert differ.mine() == 1
 
-    def test_snapshots_without_a_parent(self, differ: Node21, tmp_path: Path) -> None:
+    def test_snapshots_without_a_parent(self, differ: Differ, tmp_path: Path) -> None:
         containerd = differ.containerd
         snapshots(containerd, "prepare", "alone")
         with mounted(containerd, "alone", tmp_path / "m") as root:
             (root / "f").write_text("x")
         own = differ.mounts("mounts", "/x", "alone")
-        nothing = differ.mounts("view", "--target", "/x", "n")
+        nothing = differ.view("nothing", "")
         one, other = differ.diff([], own, PLAIN), differ.diff(nothing, own, PLAIN)
         assert one == other
         assert [member.name for member in scanned(blob(containerd, one.digest))] == [b"f"]
@@ -377,9 +401,9 @@ class TestDiff:
         snapshots(containerd, "commit", "base", "alone")
         assert digest_of(snapshots_diff(containerd, "--media-type", PLAIN, "base")) == one.digest
 
-    def test_labels_ref_and_epoch(self, differ: Node21) -> None:
+    def test_labels_ref_and_epoch(self, differ: Differ) -> None:
         containerd = differ.containerd
-        own, view = differ.mounts("mounts", "/x", "key"), differ.mounts("view", "--target", "/x", "v", differ.parent)
+        own, view = differ.own(), differ.view()
         plain = differ.diff(view, own, PLAIN, ref="some ref", labels={"a": "b"})
         assert plain.media_type == PLAIN
         assert plain.size == len(blob(containerd, plain.digest))
@@ -391,10 +415,10 @@ class TestDiff:
         assert max(times) == (1_650_000_000, 0)
         assert max(member.mtime for member in scanned(blob(containerd, plain.digest))) > (1_700_000_000, 0)
 
-    def test_what_fails_leaves_no_ingest(self, differ: Node21, tmp_path: Path) -> None:
+    def test_what_fails_leaves_no_ingest(self, differ: Differ, tmp_path: Path) -> None:
         containerd = differ.containerd
-        own, view = differ.mounts("mounts", "/x", "key"), differ.mounts("view", "--target", "/x", "v", differ.parent)
-        with mounted(containerd, "key", tmp_path / "m") as root:
+        own, view = differ.own(), differ.view()
+        with mounted(containerd, differ.key, tmp_path / "m") as root:
             (root / "zz").write_bytes(os.urandom(3 << 20))
             (root / "zzz.wh").touch()
             (root / "zzz").mkdir()
@@ -402,7 +426,7 @@ class TestDiff:
         text = refused(Code.INVALID_ARGUMENT, differ.diff, view, own, ref="mine")
         assert "whiteouts" in text
         assert containerd.ctr("content", "active").splitlines()[1:] == []
-        with mounted(containerd, "key", tmp_path / "m") as root:
+        with mounted(containerd, differ.key, tmp_path / "m") as root:
             (root / "zzz" / ".wh.x").unlink()
         assert differ.diff(view, own, ref="mine").digest
         # One that is not ours to abort: somebody writes under the ref.
@@ -417,11 +441,12 @@ class TestDiff:
         assert "held" in refused(Code.UNAVAILABLE, differ.diff, view, own, ref="held")
         assert "held" in containerd.ctr("content", "active")
         holder.kill()
+        holder.stdin.close()
         holder.wait()
 
-    def test_a_blob_that_is_there_already_is_as_good(self, differ: Node21) -> None:
+    def test_a_blob_that_is_there_already_is_as_good(self, differ: Differ) -> None:
         containerd = differ.containerd
-        own, view = differ.mounts("mounts", "/x", "key"), differ.mounts("view", "--target", "/x", "v", differ.parent)
+        own, view = differ.own(), differ.view()
         first = differ.diff(view, own)
         containerd.ctr("content", "label", first.digest, "containerd.io/uncompressed=")
         assert "uncompressed" not in content(containerd)[first.digest]
@@ -438,7 +463,7 @@ def snapshots_diff(containerd: Containerd, *arguments: str) -> bytes:
     return done.stdout
 
 
-def base_layer(differ: Node21) -> bytes:
+def base_layer(differ: Differ) -> bytes:
     """The image's own layer, gzipped."""
     return subprocess.run(
         ["gzip", "-1"], input=snapshots_diff(differ.containerd, "--media-type", PLAIN, differ.parent),
