@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import harness
+from tests import guest, harness
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("soak", deadline=None, max_examples=5000)
@@ -35,14 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     built = all(
         path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE)
     )
-    if os.environ.get("TARDEV_SET_UP") and (missing or releases != harness.RELEASES or not built):
+    no_guest = guest.missing()
+    faults = missing or releases != harness.RELEASES or not built or (no_guest and guest.ON_THIS_MACHINE)
+    if os.environ.get("TARDEV_SET_UP") and faults:
         # ./dev has set all of this up: what is not here now is a fault of it, not of the machine.
         raise pytest.UsageError(
             f"not there after the set-up: {missing}, containerd: {releases or 'none'}, the Go programs: {built}"
+            f"; {no_guest or 'guests can run'}"
         )
     for item in items:
         if item.get_closest_marker("unpacker") and not built:
             item.add_marker(pytest.mark.skip(reason="the programs of tests/build-go are not there; ./dev setup does"))
+        if item.get_closest_marker("guest") and no_guest:
+            item.add_marker(pytest.mark.skip(reason=no_guest))
         if item.get_closest_marker("root") and not root:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("erofs") and not _knows_erofs():
