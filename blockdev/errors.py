@@ -11,7 +11,15 @@ BlockdevError
 │   └── NoSpace          the file system of the staged file is full
 ├── NotInLayer           a path that the layer does not have, or not as what was asked for
 ├── SourceChanged        a directory that was written to while it was read
-└── KernelError          a system call refused
+├── KernelError          a system call refused
+└── VmmError             a virtual machine monitor did not do what it was asked to
+    ├── VmGone           nothing answers at its socket (any more), or it has no VM
+    ├── VmmTimeout       no answer in time; what was asked for may still happen
+    ├── GuestTimeout     the guest did not let a disk go in time
+    ├── DiskConflict     the id belongs to another disk, or to one that is being removed
+    ├── NoFreeSlot       the VM was not prepared for so many disks
+    ├── UnfitDisk        a file, an id or a serial that no VMM could take
+    └── VmmRefused       anything else that it refused, in its own words
 """
 
 from __future__ import annotations
@@ -62,4 +70,36 @@ class SourceChanged(BlockdevError):
 
 
 class KernelError(BlockdevError):
+    pass
+
+
+class VmmError(BlockdevError):
+    pass
+
+
+class VmGone(VmmError):
+    pass
+
+
+class VmmTimeout(VmmError):
+    pass
+
+
+class GuestTimeout(VmmError):
+    pass
+
+
+class DiskConflict(VmmError):
+    pass
+
+
+class NoFreeSlot(VmmError):
+    pass
+
+
+class UnfitDisk(VmmError):
+    pass
+
+
+class VmmRefused(VmmError):
     pass

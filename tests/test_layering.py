@@ -13,7 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["verity", "blockdev", "policy", "snapshotter"]
 # What a package may bring in from outside; None: anything that pyproject.toml names.
-OUTSIDE: dict[str, set[str] | None] = {"verity": set(), "blockdev": {"isal", "zstandard", "pyroute2"}, "policy": None}
+OUTSIDE: dict[str, set[str] | None] = {
+    "verity": set(),
+    "blockdev": {"isal", "zstandard", "pyroute2", "aiohttp", "msgspec", "qemu"},
+    "policy": None,
+}
 # Only these know gRPC and protobuf.
 GRPC = {"api", "service", "interceptor", "daemon", "content", "ingest", "errors"}
 
@@ -46,6 +50,13 @@ def test_pure_code_starts_nothing_and_opens_nothing() -> None:
     for path in (ROOT / "blockdev" / "formats").glob("*.py"):
         tops = {name.partition(".")[0] for name in imports(path)}
         assert not tops & {"os", "subprocess", "asyncio", "socket", "io", "tempfile", "shutil"}, path
+
+
+def test_only_the_clients_of_vmms_bring_their_libraries() -> None:
+    """What serves or builds layers starts without them."""
+    for path in (ROOT / "blockdev").rglob("*.py"):
+        if path.parent.name != "vmm":
+            assert not {name.partition(".")[0] for name in imports(path)} & {"aiohttp", "qemu"}, path
 
 
 def test_only_the_edge_knows_grpc() -> None:
