@@ -36,12 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE)
     )
     no_guest = guest.missing()
-    faults = missing or releases != harness.RELEASES or not built or (no_guest and guest.ON_THIS_MACHINE)
+    no_uvm = no_guest or harness.without_uvm()
+    faults = missing or releases != harness.RELEASES or not built or (no_uvm and guest.ON_THIS_MACHINE)
     if os.environ.get("TARDEV_SET_UP") and faults:
         # ./dev has set all of this up: what is not here now is a fault of it, not of the machine.
         raise pytest.UsageError(
             f"not there after the set-up: {missing}, containerd: {releases or 'none'}, the Go programs: {built}"
-            f"; {no_guest or 'guests can run'}"
+            f"; {no_uvm or 'guests can run'}"
         )
     for item in items:
         if item.get_closest_marker("unpacker") and not built:
@@ -54,6 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="this kernel has no EROFS (modprobe erofs)"))
         if item.get_closest_marker("tool") and missing:
             item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}; ./dev setup does"))
+        if item.get_closest_marker("uvm") and no_uvm:
+            item.add_marker(pytest.mark.skip(reason=no_uvm))
+        if item.get_closest_marker("soak") and os.environ.get("HYPOTHESIS_PROFILE") != "soak":
+            item.add_marker(pytest.mark.skip(reason="takes long; ./dev soak runs it"))
         if item.get_closest_marker("containerd") and releases != harness.RELEASES:
             item.add_marker(pytest.mark.skip(reason="not every containerd is there; ./dev setup fetches them"))
 

@@ -42,6 +42,7 @@ UNPACK = CACHE / "go" / "unpack"  # containerd's unpacker: tests/differential/un
 # containerd's snapshotter suite, by its version, and a server that passes it: tests/conformance
 CONFORMANCE = {version: CACHE / "go" / f"conformance-{version}" for version in ("1.6", "1.7")}
 CONFORMANCE_REFERENCE = CACHE / "go" / "conformance-reference"
+UVM_IMAGE = CACHE / "uvm"
 # After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
 RETRY_SECONDS = 10.0
 _PROGRAMS = (b"containerd-shim", b"docker-registry", b"tardev-snapshotter", b"blockdev.workers")
@@ -99,6 +100,11 @@ def remove_container_state(namespace: str) -> None:
     for directory in (Path("/run/containerd/runc") / namespace, Path("/run/containerd/fifo")):
         with contextlib.suppress(OSError):
             directory.rmdir()
+
+
+def without_uvm() -> str:
+    """Why there is no image of the reference UVM; empty where there is one."""
+    return "" if (UVM_IMAGE / "initramfs").exists() else "no image of the UVM; ./dev setup builds it"
 
 
 def free_port() -> int:

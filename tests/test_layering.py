@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports go one way: snapshotter → policy → blockdev → verity → standard library."""
+"""Imports go one way: snapshotter → policy → blockdev → verity → standard library; uvm stands above blockdev."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["verity", "blockdev", "policy", "snapshotter"]
+ORDER = ["verity", "blockdev", "policy", "uvm", "snapshotter"]
 # What a package may bring in from outside; None: anything that pyproject.toml names.
 OUTSIDE: dict[str, set[str] | None] = {
     "verity": set(),
     "blockdev": {"isal", "zstandard", "pyroute2", "aiohttp", "msgspec", "qemu"},
     "policy": None,
+    "uvm": {"zstandard"},
 }
 # Only these know gRPC and protobuf.
 GRPC = {"api", "service", "interceptor", "daemon", "content", "ingest", "errors"}
@@ -44,6 +45,12 @@ def test_imports_go_one_way(package: str, path: Path) -> None:
         elif top not in sys.stdlib_module_names:
             allowed = OUTSIDE.get(package)
             assert allowed is None or top in allowed, f"{package} must not import {name}"
+
+
+def test_only_the_command_line_knows_the_reference_uvm() -> None:
+    for path in (ROOT / "snapshotter").rglob("*.py"):
+        if path.relative_to(ROOT / "snapshotter").parts[0] != "cli":
+            assert not any(name.partition(".")[0] == "uvm" for name in imports(path)), path
 
 
 def test_pure_code_starts_nothing_and_opens_nothing() -> None:

@@ -1,0 +1,320 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The first process of the reference UVM. It runs one command on the layers that a policy names, and nothing else:
+ * whatever the host shows that is not what the policy says ends the machine with the reason (docs/uvm.md).
+ */
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/loop.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "container.h"
+#include "report.h"
+#include "verity.h"
+
+enum { DISKS_MAX = 256, WAIT_MS = 20000, STEP_MS = 10 };
+
+static void pause_ms(long ms)
+{
+    nanosleep(&(struct timespec){ms / 1000, ms % 1000 * 1000000}, NULL);
+}
+
+/* The text of a small file, without the newline at its end; -1 if there is none. */
+static ssize_t read_text(const char *path, char *text, size_t size)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    size_t used = 0;
+    ssize_t n;
+    while (used < size - 1 && (n = read(fd, text + used, size - 1 - used)) > 0)
+        used += (size_t)n;
+    close(fd);
+    if (used && text[used - 1] == '\n')
+        used -= 1;
+    text[used] = 0;
+    return (ssize_t)used;
+}
+
+static void mount_system(void)
+{
+    if (mount("proc", "/proc", "proc", 0, NULL) || mount("sysfs", "/sys", "sysfs", 0, NULL) ||
+        mount("devtmpfs", "/dev", "devtmpfs", 0, NULL))
+        refuse_errno("the guest's own mounts");
+}
+
+/* There may be no console, and then no standard stream; what is opened must not take their numbers. */
+static void fill_standard_streams(void)
+{
+    int fd;
+    while ((fd = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && fd <= 2)
+        ;
+    if (fd > 2)
+        close(fd);
+}
+
+/* In the order of /modules/order, which the image's builder made. A name with a "?" is of a module that this
+ * processor may not have a use for. */
+static void load_modules(void)
+{
+    static char order[4096];
+    char path[128];
+    if (read_text("/modules/order", order, sizeof order) < 0)
+        refuse_errno("list of kernel modules");
+    for (char *name = strtok(order, "\n"); name; name = strtok(NULL, "\n")) {
+        int optional = *name == '?';
+        snprintf(path, sizeof path, "/modules/%s", name + optional);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST && !(optional && errno == ENODEV)))
+            refuse_errno("kernel module %s", name);
+        close(fd);
+    }
+}
+
+/* The virtio-serial port called "tardev"; without it there is nobody to tell anything. */
+static int open_port(void)
+{
+    for (int waited = 0; waited < WAIT_MS; waited += STEP_MS, pause_ms(STEP_MS)) {
+        DIR *ports = opendir("/sys/class/virtio-ports");
+        struct dirent *entry;
+        while (ports && (entry = readdir(ports))) {
+            char path[300], name[64];
+            snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+            if (read_text(path, name, sizeof name) < 0 || strcmp(name, "tardev") != 0)
+                continue;
+            snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+            int fd = open(path, O_RDWR | O_CLOEXEC);
+            if (fd >= 0) {
+                closedir(ports);
+                return fd;
+            }
+        }
+        if (ports)
+            closedir(ports);
+    }
+    power_off();
+}
+
+/* pivot_root(2) does not leave the initramfs; a tmpfs that lies over it can be left. */
+static void leave_initramfs(void)
+{
+    if (mkdir("/top", 0755) || mount("tmpfs", "/top", "tmpfs", 0, "mode=755") || mkdir("/top/proc", 0755) ||
+        mkdir("/top/sys", 0755) || mkdir("/top/dev", 0755) || mount("/proc", "/top/proc", NULL, MS_MOVE, NULL) ||
+        mount("/sys", "/top/sys", NULL, MS_MOVE, NULL) || mount("/dev", "/top/dev", NULL, MS_MOVE, NULL) ||
+        chdir("/top") || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/") ||
+        mkdir("/layers", 0755) || mkdir("/writable", 0755) || mkdir("/root", 0755))
+        refuse_errno("the guest's own root");
+}
+
+static struct policy *take_policy(void)
+{
+    static char cmdline[4096], text[POLICY_BYTES_MAX + 2];
+    static struct policy policy;
+    uint8_t named[DIGEST_BYTES], digest[DIGEST_BYTES];
+    if (read_text("/proc/cmdline", cmdline, sizeof cmdline) < 0 || !policy_digest_named(cmdline, named))
+        refuse("the kernel's command line is not tardev.policy=sha256: and 64 hexadecimal digits");
+    int fd = open("/sys/firmware/qemu_fw_cfg/by_name/opt/tardev/policy/raw", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        refuse_errno("no policy");
+    size_t size = 0;
+    ssize_t n;
+    while (size <= POLICY_BYTES_MAX && (n = read(fd, text + size, POLICY_BYTES_MAX + 1 - size)) > 0)
+        size += (size_t)n;
+    close(fd);
+    if (size > POLICY_BYTES_MAX)
+        refuse("the policy has over %d bytes", POLICY_BYTES_MAX);
+    sha256(text, size, digest);
+    if (memcmp(digest, named, DIGEST_BYTES) != 0)
+        refuse("the policy has another digest than the kernel's command line names");
+    const char *wrong = policy_parse(text, size, &policy);
+    if (wrong)
+        refuse("%s", wrong);
+    return &policy;
+}
+
+/* The host says "disks N\n" when it has attached all of them. It may lie: then they are not those of the policy. */
+static unsigned long disks_attached(int port)
+{
+    char line[32];
+    size_t used = 0;
+    for (;;) {
+        ssize_t n = read(port, line + used, sizeof line - 1 - used);
+        if (n == 0 || (n < 0 && errno != EINTR))
+            refuse("the host is gone");
+        used += n > 0 ? (size_t)n : 0;
+        line[used] = 0;
+        if (strchr(line, '\n'))
+            break;
+        if (used == sizeof line - 1)
+            refuse("the host says something else than the number of disks");
+    }
+    char *end = line;
+    unsigned long count = strncmp(line, "disks ", 6) == 0 && isdigit((unsigned char)line[6]) ? strtoul(line + 6, &end, 10) : 0;
+    if (*end != '\n' || count > DISKS_MAX)
+        refuse("the host says something else than the number of disks");
+    return count;
+}
+
+static size_t list_disks(struct disk *disks)
+{
+    size_t count = 0;
+    DIR *block = opendir("/sys/block");
+    struct dirent *entry;
+    while (block && (entry = readdir(block)))
+        if (strncmp(entry->d_name, "vd", 2) == 0 && strlen(entry->d_name) < sizeof disks->name && count < DISKS_MAX)
+            strcpy(disks[count++].name, entry->d_name);
+    if (block)
+        closedir(block);
+    return count;
+}
+
+/* Which disk is which layer's: by its serial, which is the host's claim and proves nothing. Each disk is some
+ * layer's, and each layer has one. */
+static void match_disks(const struct policy *policy, size_t expected, struct disk *of_layer)
+{
+    static struct disk disks[DISKS_MAX];
+    size_t count;
+    for (int waited = 0; (count = list_disks(disks)) < expected; waited += STEP_MS, pause_ms(STEP_MS))
+        if (waited >= WAIT_MS)
+            refuse("the host says that it has attached %zu disks, there are %zu", expected, count);
+    for (size_t i = 0; i < count; i++) {
+        char path[80], serial[64];
+        snprintf(path, sizeof path, "/sys/block/%s/serial", disks[i].name);
+        if (read_text(path, serial, sizeof serial) < 0)
+            refuse_errno("disk %s has no serial", disks[i].name);
+        snprintf(path, sizeof path, "/sys/block/%s/dev", disks[i].name);
+        if (read_text(path, disks[i].device, sizeof disks[i].device) < 0)
+            refuse_errno("disk %s has no number", disks[i].name);
+        size_t layer = 0;
+        while (layer < policy->layer_count && strcmp(policy->layers[layer].name, serial) != 0)
+            layer += 1;
+        if (layer == policy->layer_count)
+            refuse("disk %s has the serial '%s', which the policy does not name", disks[i].name, serial);
+        if (of_layer[layer].name[0])
+            refuse("layer %s: two disks have its serial", serial);
+        of_layer[layer] = disks[i];
+    }
+    for (size_t i = 0; i < policy->layer_count; i++)
+        if (!of_layer[i].name[0])
+            refuse("layer %s: no disk has its serial", policy->layers[i].name);
+}
+
+static int is(const struct layer *layer, const char *format)
+{
+    return strcmp(layer->format->name, format) == 0;
+}
+
+/* EROFS reads a tar in pieces of 512 bytes, a verity target of 4096-byte blocks refuses them: in between is a loop
+ * device, which reads through the page cache. */
+static void attach_loop(const struct layer *layer, const char *device, char *path, size_t path_size)
+{
+    int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC), backing = open(device, O_RDONLY | O_CLOEXEC);
+    int number = control < 0 ? -1 : ioctl(control, LOOP_CTL_GET_FREE);
+    snprintf(path, path_size, "/dev/loop%d", number);
+    int loop = number < 0 ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    struct loop_config config = {.fd = (uint32_t)backing, .block_size = 512, .info.lo_flags = LO_FLAGS_READ_ONLY};
+    if (backing < 0 || loop < 0 || ioctl(loop, LOOP_CONFIGURE, &config))
+        refuse_errno("layer %s: loop device", layer->name);
+    close(control);
+    close(backing); /* `loop` stays open: its device goes with the machine */
+}
+
+static void mount_layers(const struct policy *policy, const struct disk *disks, size_t *mounted)
+{
+    char tar[64] = "", options[80] = "", path[64], target[64];
+    for (size_t i = 0; i < policy->layer_count; i++) {
+        const struct layer *layer = &policy->layers[i];
+        if (is(layer, "tarfs") != (i + 1 < policy->layer_count && is(layer + 1, "tarfs-index")))
+            refuse("layer %s: a tarfs layer and its index come together", layer->name);
+    }
+    for (size_t i = 0; i < policy->layer_count; i++) {
+        const struct layer *layer = &policy->layers[i];
+        verity_open(layer, &disks[i], path, sizeof path);
+        if (is(layer, "tarfs")) {
+            attach_loop(layer, path, tar, sizeof tar);
+            continue; /* the index, which is next, mounts both */
+        }
+        snprintf(options, sizeof options, is(layer, "tarfs-index") ? "device=%s" : "", tar);
+        snprintf(target, sizeof target, "/layers/%zu", *mounted);
+        if (mkdir(target, 0755) || mount(path, target, "erofs", MS_RDONLY, options))
+            refuse_errno("layer %s: mount as EROFS", layer->name);
+        *mounted += 1;
+    }
+}
+
+static void set_option(int fs, unsigned int command, const char *key, const char *value)
+{
+    if (fsconfig(fs, command, key, value, 0))
+        refuse_errno("overlay, %s %s", key ? key : "create", value ? value : "");
+}
+
+/* Through fsconfig(2): an option string of mount(2) has no room for many layers. The layers are not trusted to
+ * redirect a name or its content to another layer. */
+static void stack_layers(size_t count)
+{
+    if (mount("tmpfs", "/writable", "tmpfs", 0, "mode=755") || mkdir("/writable/upper", 0755) ||
+        mkdir("/writable/work", 0755))
+        refuse_errno("overlay, upper directory");
+    int fs = fsopen("overlay", FSOPEN_CLOEXEC);
+    if (fs < 0)
+        refuse_errno("overlay");
+    for (size_t i = 0; i < count; i++) {
+        char path[32];
+        snprintf(path, sizeof path, "/layers/%zu", i);
+        set_option(fs, FSCONFIG_SET_STRING, "lowerdir+", path);
+    }
+    set_option(fs, FSCONFIG_SET_STRING, "upperdir", "/writable/upper");
+    set_option(fs, FSCONFIG_SET_STRING, "workdir", "/writable/work");
+    set_option(fs, FSCONFIG_SET_STRING, "redirect_dir", "nofollow");
+    set_option(fs, FSCONFIG_SET_STRING, "metacopy", "off");
+    set_option(fs, FSCONFIG_CMD_CREATE, NULL, NULL);
+    int mount = fsmount(fs, FSMOUNT_CLOEXEC, 0);
+    if (mount < 0 || move_mount(mount, "", AT_FDCWD, "/root", MOVE_MOUNT_F_EMPTY_PATH))
+        refuse_errno("overlay");
+    close(mount);
+    close(fs);
+}
+
+int main(void)
+{
+    static struct disk disks[LAYERS_MAX];
+    int restart, port;
+    mount_system();
+    fill_standard_streams();
+    /* Should this process ever end, the machine ends too, and does not hang. */
+    if ((restart = open("/proc/sys/kernel/panic", O_WRONLY | O_CLOEXEC)) >= 0) {
+        if (write(restart, "-1", 2) != 2)
+            refuse_errno("panic");
+        close(restart);
+    }
+    port = open_port();
+    report_open(port);
+    report_phase("init");
+    load_modules();
+    leave_initramfs();
+    const struct policy *policy = take_policy();
+    report_phase("policy");
+    match_disks(policy, disks_attached(port), disks);
+    report_phase("disks");
+    size_t mounted = 0;
+    mount_layers(policy, disks, &mounted);
+    stack_layers(mounted);
+    report_phase("mounted");
+    int status = container_run(policy, "/root");
+    report_phase("exited");
+    for (size_t i = 0; i < policy->layer_count; i++)
+        verity_report(&policy->layers[i], &disks[i]);
+    report_text(FRAME_EXIT, "%d", status);
+    power_off();
+}
