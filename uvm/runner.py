@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from blockdev.errors import VmGone, VmmError
+from blockdev.vmm import hotplug, qemu
 from uvm import accel, frames
 from uvm.errors import MachineError
 from uvm.frames import Kind
@@ -31,9 +33,10 @@ TIMEOUT_SECONDS: Final = 120.0
 OUTPUT_BYTES_MAX: Final = 64 << 20
 _TEXTS_MAX: Final = 1000  # lines of the kernel, and the like
 _READ_BYTES: Final = 256 << 10
+_MONITOR_SECONDS: Final = 30.0  # for one answer of QEMU, on a busy host
 _STDERR_TAIL_BYTES: Final = 4096
-# q35: slots of the root bus that nothing else has (0 is the host bridge, 31 the chipset's), eight functions each
-_FIRST_SLOT, _LAST_SLOT, _FUNCTIONS = 4, 30, 8
+# Without hot-plug: slots of q35's root bus that nothing else has, with eight functions each.
+_FIRST_SLOT, _LAST_SLOT, _FUNCTIONS = 8, 30, 8
 DISKS_MAX: Final = (_LAST_SLOT - _FIRST_SLOT + 1) * _FUNCTIONS
 
 
@@ -97,20 +100,29 @@ async def run_policy(
     disks: Sequence[Disk],
     *,
     command_line: str | None = None,
+    hot_plug: bool = True,
     memory_mib: int = MEMORY_MIB,
     timeout_s: float = TIMEOUT_SECONDS,
     on_output: Callable[[Kind, bytes], None] | None = None,
 ) -> Result:
     """The same with policy and disks apart, as a host would have it that shows other disks than the policy names, or
-    another policy than the kernel's command line."""
+    another policy than the kernel's command line.
+
+    `hot_plug`: the disks come while the guest boots, as they do with containers; only so are files refused beforehand
+    that no guest would see as they are. Else they are there from the start.
+    """
     image.check()
     kind = await accel.chosen(image, lambda: _boots_with_kvm(image))
     line = kernel_command_line(policy_text) if command_line is None else command_line
     started = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
-            async with _machine(image, kind, line, policy_text, disks, memory_mib) as machine:
+            cold, slots = ((), len(disks)) if hot_plug else (disks, 0)
+            async with _machine(image, kind, line, policy_text, cold, slots, memory_mib) as machine:
                 result = Result(accelerator=kind)
+                if hot_plug:
+                    await machine.attach(disks)
+                    result.phases["attached"] = time.monotonic() - started
                 await machine.say(f"disks {len(disks)}\n")
                 async for frame in machine.frames():
                     _take(result, frame, time.monotonic() - started, on_output)
@@ -154,10 +166,21 @@ def _take(
 
 
 class _Machine:
-    def __init__(self, process: asyncio.subprocess.Process, port: socket.socket) -> None:
-        self._process, self._port = process, port
+    def __init__(self, process: asyncio.subprocess.Process, port: socket.socket, monitor: socket.socket) -> None:
+        self._process, self._port, self._monitor = process, port, monitor
         assert process.stderr is not None
         self._stderr = process.stderr
+
+    async def attach(self, disks: Sequence[Disk]) -> None:
+        """All, in this order. Once: the monitor has nothing to say after that."""
+        files = [hotplug.Disk(f"disk{number}", disk.path.absolute(), disk.serial) for number, disk in enumerate(disks)]
+        try:
+            async with qemu.connect(self._monitor, call_timeout_s=_MONITOR_SECONDS) as machine:
+                await hotplug.attach_all(machine, files)
+        except VmGone:
+            raise await self._ended() from None
+        except VmmError as error:
+            raise MachineError(str(error)) from None
 
     async def say(self, text: str) -> None:
         try:
@@ -188,36 +211,46 @@ class _Machine:
 
 @asynccontextmanager
 async def _machine(
-    image: Image, kind: str, command_line: str, policy_text: bytes, disks: Sequence[Disk], memory_mib: int
+    image: Image,
+    kind: str,
+    command_line: str,
+    policy_text: bytes,
+    disks: Sequence[Disk],
+    slots: int,
+    memory_mib: int,
 ) -> AsyncIterator[_Machine]:
-    """A running QEMU, which is gone afterwards in any case. Raises MachineError."""
+    """A running QEMU with these disks and slots for so many more; gone afterwards in any case. Raises MachineError."""
     if len(disks) > DISKS_MAX:
         raise MachineError(f"{len(disks)} disks; {DISKS_MAX} have a place")
     missing = [tool for tool in (QEMU, "setpriv") if not shutil.which(tool)]
     if missing:
         raise MachineError(f"not installed: {', '.join(missing)} (Debian: qemu-system-x86, util-linux)")
-    ours, theirs = socket.socketpair()
+    (port, its_port), (monitor, its_monitor) = socket.socketpair(), socket.socketpair()
     policy_fd = os.memfd_create("tardev-policy", os.MFD_CLOEXEC)
     process = None
     try:
-        ours.setblocking(False)
+        port.setblocking(False)
+        monitor.setblocking(False)
         os.write(policy_fd, policy_text)  # into memory, where nothing is short
         arguments = [
             *_arguments(image, kind, command_line, memory_mib),
             "-fw_cfg", f"name=opt/tardev/policy,file=/proc/self/fd/{policy_fd}",
-            "-chardev", f"socket,id=port,fd={theirs.fileno()}",
+            "-chardev", f"socket,id=port,fd={its_port.fileno()}",
+            "-chardev", f"socket,id=monitor,fd={its_monitor.fileno()}", "-mon", "chardev=monitor,mode=control",
+            *(qemu.slot_arguments(slots) if slots else ()),
             *(argument for number, disk in enumerate(disks) for argument in _disk_arguments(number, disk)),
         ]  # fmt: skip
         process = await asyncio.create_subprocess_exec(
             "setpriv", "--pdeathsig", "KILL", QEMU, *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-            pass_fds=(theirs.fileno(), policy_fd), start_new_session=True,
+            pass_fds=(its_port.fileno(), its_monitor.fileno(), policy_fd), start_new_session=True,
         )  # fmt: skip
-        theirs.close()
-        yield _Machine(process, ours)
+        its_port.close()
+        its_monitor.close()
+        yield _Machine(process, port, monitor)
     finally:
-        theirs.close()
-        ours.close()
+        for end in (port, its_port, monitor, its_monitor):
+            end.close()
         os.close(policy_fd)
         if process is not None:
             if process.returncode is None:
@@ -232,7 +265,7 @@ def _arguments(image: Image, kind: str, command_line: str, memory_mib: int) -> l
         "-machine", "q35,usb=off", "-accel", kind, "-cpu", "host" if kind == "kvm" else "max",
         "-m", str(memory_mib), "-smp", "1",
         "-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", command_line,
-        "-device", "virtio-serial-pci,addr=02.0", "-device", "virtserialport,chardev=port,name=tardev",
+        "-device", "virtio-serial-pci,addr=07.0", "-device", "virtserialport,chardev=port,name=tardev",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     ]  # fmt: skip
 
@@ -254,7 +287,7 @@ async def _boots_with_kvm(image: Image) -> bool:
     """Whether a guest gets as far as its first word, which without a policy is a refusal."""
     try:
         async with asyncio.timeout(accel.PROBE_SECONDS):
-            async with _machine(image, "kvm", "probe", b"", (), MEMORY_MIB) as machine:
+            async with _machine(image, "kvm", "probe", b"", (), 0, MEMORY_MIB) as machine:
                 async for _ in machine.frames():
                     return True
     except (TimeoutError, MachineError):

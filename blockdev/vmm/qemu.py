@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
+from socket import socket as Socket
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -96,30 +97,35 @@ def slot_arguments(disks: int) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def connect(socket: Path, *, call_timeout_s: float = 10.0, detach_timeout_s: float = 30.0) -> AsyncIterator[Qemu]:
-    """A client at a monitor's unix socket, which serves one client at a time.
+async def connect(
+    socket: Path | Socket, *, call_timeout_s: float = 10.0, detach_timeout_s: float = 30.0
+) -> AsyncIterator[Qemu]:
+    """A client at a monitor's unix socket, which serves one client at a time; or at a connected one, which it closes.
 
     `call_timeout_s` bounds each command, `detach_timeout_s` the guest's part of a detach. Raises
     VmGone; VmmTimeout, also where another client is served.
     """
-    client = QMPClient(socket.name)
+    name = f"QEMU at {socket}" if isinstance(socket, Path) else "QEMU"
+    client = QMPClient(name)
     client.logger.setLevel(logging.CRITICAL)  # what it logs is what we raise
     client.events.event_filter = lambda _: False  # or it would keep every event for ever
     try:
         async with asyncio.timeout(call_timeout_s):
             await _connect(client, socket)
     except TimeoutError:
-        raise VmmTimeout(f"QEMU at {socket}: no greeting in {call_timeout_s:g} s; has it another client?") from None
+        raise VmmTimeout(f"{name}: no greeting in {call_timeout_s:g} s; has it another client?") from None
     except (QMPError, OSError) as error:
-        raise VmGone(f"QEMU at {socket}: {error}") from None
+        raise VmGone(f"{name}: {error}") from None
     try:
-        yield Qemu(client, f"QEMU at {socket}", call_timeout_s, detach_timeout_s)
+        yield Qemu(client, name, call_timeout_s, detach_timeout_s)
     finally:
         with contextlib.suppress(Exception):  # it raises what ended the connection; each call has said so
             await client.disconnect()
 
 
-async def _connect(client: QMPClient, socket: Path) -> None:
+async def _connect(client: QMPClient, socket: Path | Socket) -> None:
+    if not isinstance(socket, Path):
+        return await client.connect(socket)
     while True:
         try:
             return await client.connect(str(socket))

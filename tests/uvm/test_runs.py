@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +85,7 @@ def test_the_process_is_as_the_image_says(guest: Guest, hello: Layer, tmp_path: 
     assert result.stdout.decode().splitlines() == [
         "1000", "1001", "1001 29 50", "/home/ann", "/new/dir", 'a "quoted" \\line é', "0022",
     ]  # fmt: skip
-    assert list(result.phases) == ["init", "policy", "disks", "mounted", "exited"]
+    assert list(result.phases) == ["attached", "init", "policy", "disks", "mounted", "exited"]
 
 
 @pytest.mark.soak
@@ -154,24 +158,70 @@ def test_a_guest_that_takes_too_long_is_ended(uvm_image: Image, hello: Layer) ->
     assert machines() == []
 
 
-def test_a_disk_that_is_not_there_is_said(uvm_image: Image, hello: Layer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hot_plug", "reason"),
+    [(True, r"disk0: .*No such file or directory"), (False, r"QEMU ended early .*No such file or directory")],
+)
+def test_a_disk_that_is_not_there_is_said(
+    uvm_image: Image, hello: Layer, tmp_path: Path, hot_plug: bool, reason: str
+) -> None:
     policy, _ = agreed([hello])
-    with pytest.raises(MachineError, match=r"QEMU ended early .*No such file or directory"):
-        asyncio.run(run_policy(uvm_image, policy.text(), [Disk("layer-0", tmp_path / "gone")]))
+    with pytest.raises(MachineError, match=reason):
+        asyncio.run(run_policy(uvm_image, policy.text(), [Disk("layer-0", tmp_path / "gone")], hot_plug=hot_plug))
     assert machines() == []
 
 
-def test_a_killed_runner_takes_its_guest_along(uvm_image: Image, hello: Layer) -> None:
-    script = (
-        "import asyncio, sys; from pathlib import Path\n"
-        "from uvm.image import Image; from uvm.runner import Disk, run_policy\n"
-        "asyncio.run(run_policy(Image(Path(sys.argv[1])), b'', [Disk('a', Path(sys.argv[2]))], timeout_s=60))\n"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", script, uvm_image.directory, hello.path])
+@pytest.mark.soak
+def test_disks_that_are_there_from_the_start(guest: Guest, hello: Layer) -> None:
+    policy, disks = agreed([hello], "cat", "/etc/hello")
+    result = guest.boot(policy.text(), disks, hot_plug=False)
+    assert (result.refused, bytes(result.stdout)) == (None, b"hello from a tar layer\n")
+
+
+RUNNER = """
+import asyncio, sys
+from pathlib import Path
+from uvm.image import Image
+from uvm.runner import Disk, run_policy
+policy, *disk = map(Path, sys.argv[2:])
+asyncio.run(run_policy(Image(Path(sys.argv[1])), policy.read_bytes(), [Disk("layer-0", *disk)], timeout_s=300))
+"""
+
+
+@pytest.fixture
+def start_runner(uvm_image: Image, hello: Layer, tmp_path: Path) -> Callable[[], subprocess.Popen[bytes]]:
+    """One in a process of its own; what it may leave in a directory for temporary files is in /scratch."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "policy").write_bytes(agreed([hello], "sleep", "100")[0].text())
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    arguments = [uvm_image.directory, tmp_path / "policy", hello.path]
+    return lambda: subprocess.Popen([sys.executable, "-c", RUNNER, *map(str, arguments)], env=environment)
+
+
+def test_a_killed_runner_takes_its_guest_along(
+    start_runner: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    runner = start_runner()
     try:
         wait_for("QEMU", machines)
-        runner.kill()
     finally:
         runner.kill()
         runner.wait()
     wait_for("the end of QEMU", lambda: not machines(), 10)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.soak
+def test_nothing_is_left_of_many_that_were_killed(
+    start_runner: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    moments = random.Random(6)
+    for number in range(25):
+        runner = start_runner()
+        try:
+            time.sleep(moments.uniform(0.1, 12))
+        finally:
+            runner.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3])
+            runner.wait()
+    wait_for("the end of QEMU", lambda: not machines(), 10)
+    assert not list((tmp_path / "scratch").iterdir())
