@@ -75,8 +75,8 @@ static void list(const char *path, size_t top, dev_t device)
         hex(path + top, strlen(path + top));
         printf(" %o %u %u %lld %ld %lld %lu %lx:%lu %u %u", status.st_mode, status.st_uid, status.st_gid,
                (long long)status.st_mtim.tv_sec, status.st_mtim.tv_nsec, (long long)status.st_size,
-               (unsigned long)status.st_nlink, (unsigned long)status.st_dev, (unsigned long)status.st_ino, major(status.st_rdev),
-               minor(status.st_rdev));
+               (unsigned long)status.st_nlink, (unsigned long)status.st_dev, (unsigned long)status.st_ino,
+               major(status.st_rdev), minor(status.st_rdev));
         if (S_ISREG(status.st_mode))
             content(path);
         else

@@ -160,7 +160,9 @@ static unsigned long disks_attached(int port)
             refuse("the host says something else than the number of disks");
     }
     char *end = line;
-    unsigned long count = strncmp(line, "disks ", 6) == 0 && isdigit((unsigned char)line[6]) ? strtoul(line + 6, &end, 10) : 0;
+    unsigned long count = 0;
+    if (strncmp(line, "disks ", 6) == 0 && isdigit((unsigned char)line[6]))
+        count = strtoul(line + 6, &end, 10);
     if (*end != '\n' || count > DISKS_MAX)
         refuse("the host says something else than the number of disks");
     return count;

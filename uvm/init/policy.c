@@ -126,7 +126,7 @@ static int parse_layer(struct reader *r, struct policy *policy)
 
     if (!expect(r, "{\"name\":") || !(name = string(r)))
         return 0;
-    if (!*name || strlen(name) > SERIAL_BYTES_MAX || strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != strlen(name))
+    if (!*name || strlen(name) > SERIAL_BYTES_MAX || name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789-")])
         return wrong(r, "a name has 1 to %d of a-z, 0-9 and -", SERIAL_BYTES_MAX);
     strcpy(layer->name, name);
     for (size_t i = 0; i < policy->layer_count; i++)
