@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 from blockdev.errors import BlockdevError, BuildFailed
@@ -200,14 +199,17 @@ class Builder:
             await self._metastore.mark_broken([layer.id])
         return not why
 
-    async def build_changes(self, directory: Path, snapshot_name: str, format: str) -> Layer:
-        """A READY layer of what lies in a snapshot's upper directory. Cancelling ends it, and nothing is kept.
+    async def build_changes(self, open_directory: Callable[[], int], snapshot_name: str, format: str) -> Layer:
+        """A READY layer of what lies in a snapshot's upper directory, of which `open_directory` gives a descriptor.
+        Cancelling ends it, and nothing is kept.
 
-        Raises FailedPrecondition where the directory changes meanwhile, NotFound where it has gone, and other
+        Raises FailedPrecondition where the directory changes meanwhile, what opening it raises, and other
         SnapshotterErrors.
         """
         return await self._bounded(
-            {"changes_of": snapshot_name}, format, lambda: self._build_changes_now(directory, snapshot_name, format)
+            {"changes_of": snapshot_name},
+            format,
+            lambda: self._build_changes_now(open_directory, snapshot_name, format),
         )
 
     @asynccontextmanager
@@ -282,14 +284,11 @@ class Builder:
                 )  # fmt: skip
             return await self._finish(staged, record, compression, started)
 
-    async def _build_changes_now(self, directory: Path, snapshot_name: str, format: str) -> Layer:
+    async def _build_changes_now(self, open_directory: Callable[[], int], snapshot_name: str, format: str) -> Layer:
         started = time.monotonic()
         async with self._store.staged() as staged:
             trace("build.staged")
-            try:
-                source_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise NotFound(f"snapshot {snapshot_name!r} was committed or removed meanwhile") from None
+            source_fd = await to_the_end(asyncio.to_thread(open_directory))
             try:
                 record = await self._run_changes(staged, source_fd, snapshot_name, format)
             finally:

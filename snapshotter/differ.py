@@ -7,6 +7,7 @@ for some snapshot; for others containerd's next differ compares the mounted tree
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,9 +25,11 @@ from snapshotter.contracts import Mount
 from snapshotter.contracts.mount import directories_of, lowers_of
 from snapshotter.directories import Directories
 from snapshotter.errors import DataLoss, Unimplemented
+from snapshotter.idmap import IDMapping
 from snapshotter.ingest import ingest
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Kind, Layer, Metastore, Snapshot
+from snapshotter.tasks import to_the_end
 
 # What containerd's own differ makes of a request without one.
 _MEDIA_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -34,10 +37,11 @@ _MEDIA_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 _TOPMOST: Final = 2
 
 MountsOf: TypeAlias = Callable[[Snapshot], Awaitable[list[Mount]]]
+MappingOf: TypeAlias = Callable[[Snapshot], IDMapping | None]
 
 
 class Differ:
-    """`mounts_of`: what Snapshots answers for a snapshot."""
+    """`mounts_of`: what Snapshots answers for a snapshot; `mapping_of`: IDs of its container, where it has others."""
 
     def __init__(
         self,
@@ -48,10 +52,11 @@ class Differ:
         builder: Builder,
         content: Content,
         mounts_of: MountsOf,
+        mapping_of: MappingOf,
     ) -> None:
         self._metastore, self._store, self._directories = metastore, store, directories
         self._activation, self._builder, self._content = activation, builder, content
-        self._mounts_of = mounts_of
+        self._mounts_of, self._mapping_of = mounts_of, mapping_of
 
     async def diff(
         self,
@@ -127,12 +132,16 @@ class Differ:
             why = self._store.contradiction(source)
             if why:
                 raise DataLoss(f"layer {source.diff_id}: its file {why}")
-            path, name = self._store.path(source.diff_id, source.format), f"layer {source.diff_id}"
-            start, size = FORMATS[source.format].tar_offset_bytes, source.tar_size_bytes
+            name, start, size = (
+                f"layer {source.diff_id}",
+                FORMATS[source.format].tar_offset_bytes,
+                source.tar_size_bytes,
+            )
+            fd = os.open(self._store.path(source.diff_id, source.format), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         else:
-            path, name = self._directories.filled(source.id), f"changes of snapshot {source.name!r}"
-            start, size = 0, None
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            name, start, size = f"changes of snapshot {source.name!r}", 0, None
+            opening = asyncio.to_thread(self._directories.open_filled, source.id, self._mapping_of(source))
+            fd = await to_the_end(opening)
         try:
             async with self._builder.archive(
                 fd, name, tar_offset_bytes=start, tar_size_bytes=size, compression=compression,

@@ -15,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from blockdev.kernel import mounts
+from blockdev.kernel import idmap, mounts
+from snapshotter.errors import NotFound
+from snapshotter.idmap import IDMapping
 from snapshotter.metastore import SnapshotID
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -48,6 +50,18 @@ class Directories:
     def lowers(self, snapshot_id: SnapshotID) -> Path:
         """Where the layers are mounted once more for this snapshot alone."""
         return self.path(snapshot_id) / "l"
+
+    def open_filled(self, snapshot_id: SnapshotID, mapping: IDMapping | None) -> int:
+        """A descriptor of it, with owners as the container sees them. Raises NotFound, OSError, KernelError."""
+        path = self.filled(snapshot_id)
+        try:
+            if mapping is None:
+                return os.open(path, _OPEN_DIRECTORY)
+            with idmap.user_namespace(*mapping.inverse.maps) as user_namespace_fd:
+                os.stat(path)
+                return idmap.mapped_tree(path, user_namespace_fd)
+        except FileNotFoundError:
+            raise NotFound(f"directory {path} was committed or removed meanwhile") from None
 
     def owner(self, filled: str) -> SnapshotID | None:
         """The snapshot whose `filled` this path is, if it is one of ours."""

@@ -53,6 +53,12 @@ class IDMapping:
         """What is written to uid_map and gid_map of a user namespace (man 7 user_namespaces)."""
         return _lines(self.uids), _lines(self.gids)
 
+    @property
+    def inverse(self) -> IDMapping:
+        """From what the host sees to what the container does."""
+        return IDMapping(*(tuple(Range(each.host, each.container, each.length) for each in ranges)
+                           for ranges in (self.uids, self.gids)))  # fmt: skip
+
 
 def mapping_of(labels: Mapping[str, str]) -> IDMapping | None:
     """None where neither label is there. Raises InvalidArgument: one without the other; not of that form; what the

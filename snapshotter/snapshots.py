@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -81,7 +82,9 @@ class Snapshots:
         self._parents = Parents(metastore, store, builder)
         self._usage = Usage(directories.filled)
         self._content = content
-        self._differ = Differ(metastore, store, directories, activation, builder, content, self._mounts)
+        self._differ = Differ(
+            metastore, store, directories, activation, builder, content, self._mounts, self._mapping_of
+        )
         self._background = Background()
         # Once containerd has called Apply it will again, with the very blob: nothing is left to guess.
         self._applies = False
@@ -424,6 +427,10 @@ class Snapshots:
             what = f"{type(error).__name__}: {error}"
             self._log.error("a failed prepare left something", key=snapshot.name, error=what)
 
+    def _mapping_of(self, snapshot: Snapshot) -> IDMapping | None:
+        """Raises InvalidArgument."""
+        return self._mapping(self._names[snapshot.snapshotter], snapshot.labels)
+
     @staticmethod
     def _mapping(named: Named, labels: Mapping[str, str]) -> IDMapping | None:
         """Of a container; an extraction has none, whatever its labels say. Raises InvalidArgument."""
@@ -501,7 +508,10 @@ class Snapshots:
             return layer
         if not snapshot.extraction and not is_digest(last_component(name)):
             named = self._names[snapshot.snapshotter]
-            return await self._builder.build_changes(self._directories.filled(snapshot.id), snapshot.name, named.format)
+            mapping = self._mapping_of(snapshot)
+            return await self._builder.build_changes(
+                partial(self._directories.open_filled, snapshot.id, mapping), snapshot.name, named.format
+            )
         chain = chain_id_of(name)
         if chain is None:
             raise FailedPrecondition(f"no layer was applied to snapshot {snapshot.name!r}, and {name!r} names none")

@@ -80,18 +80,34 @@ def user_namespace(uid_map: str, gid_map: str) -> Iterator[int]:
 
 def mount_mapped(source: Path, target: Path, user_namespace_fd: int) -> None:
     """What is mounted at `source` once more at `target`, its owners mapped. Raises KernelError."""
+    tree = mapped_tree(source, user_namespace_fd)
+    try:
+        _call(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    except OSError as error:
+        raise KernelError(f"{source} with mapped IDs at {target}: {error.strerror}") from None
+    finally:
+        os.close(tree)
+
+
+def mapped_tree(source: Path, user_namespace_fd: int) -> int:
+    """A descriptor (O_PATH) of the directory `source`, with owners mapped, on a mount of its own.
+
+    It is mounted nowhere and goes with its last descriptor. ACLs and file capabilities show mapped IDs,
+    too; an ID that is not in the map shows as 65534. Raises KernelError.
+    """
     try:
         tree = _call(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
         try:
             attr = _MOUNT_ATTR.pack(_MOUNT_ATTR_IDMAP, 0, 0, user_namespace_fd)
             _call(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, len(attr))
-            _call(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
-        finally:
+        except BaseException:
             os.close(tree)
+            raise
+        return tree
     except OSError as error:
         unable = error.errno in (errno.EINVAL, errno.ENOSYS)
         hint = "; this kernel may be too old to map the IDs of such a mount" if unable else ""
-        raise KernelError(f"{source} with mapped IDs at {target}: {error.strerror}{hint}") from None
+        raise KernelError(f"{source} with mapped IDs: {error.strerror}{hint}") from None
 
 
 def _call(number: int, *arguments: int | bytes) -> int:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import stat
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -291,6 +294,28 @@ def test_a_mapped_container_sees_its_layers_under_its_ids(remapping: Api, tmp_pa
         after.remove(other)
         released(api)
         wait_for("their directories go", lambda: not api.directories())
+
+
+def test_changes_of_a_mapped_container_are_committed_with_its_own_ids(remapping: Api, tmp_path: Path) -> None:
+    """Whoever runs the image next may map others, or none."""
+    api = remapping
+    pod, name, later = api.key("pod"), api.key("saved"), api.key("later")
+    with mounted(api.prepare(pod, chain(api, "a")[-1], MAPPED), tmp_path / "rootfs") as rootfs:
+        (rootfs / "new").touch()
+        os.chown(rootfs / "new", 100005, 200007)
+        os.setxattr(rootfs / "new", "system.posix_acl_access", acl(100005))
+        (rootfs / "a").chmod(0o600)
+        api.commit(name, pod)
+    with mounted(api.view(later, name), tmp_path / "rootfs") as rootfs:
+        assert owners(rootfs) == {"rootfs": (0, 0), "a": (0, 0), "new": (5, 7)}
+        assert os.getxattr(rootfs / "new", "system.posix_acl_access") == acl(5)
+        assert stat.S_IMODE((rootfs / "a").stat().st_mode) == 0o600
+
+
+def acl(user: int) -> bytes:
+    """For that user, too, to read (Linux: include/uapi/linux/posix_acl_xattr.h)."""
+    entries = [(1, 6, -1), (2, 4, user), (4, 4, -1), (16, 4, -1), (32, 4, -1)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
 
 
 def test_mapped_mounts_of_a_snapshot_that_is_gone_go_at_the_next_start(remapping: Api) -> None:
