@@ -12,7 +12,11 @@ from tests.compatibility.rows import FAILURES, ROWS, meaning, verdict
 from tests.compatibility.table import DOCUMENT, Table, Verdict, committed, parse, split
 
 
-@pytest.fixture(scope="module", params=COLUMNS)
+# In ./dev test the newest; the integration tests have much of the rest.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == COLUMNS[-1] else pytest.mark.soak) for name in COLUMNS],
+)
 def on(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Bench]]:
     with bench(tmp_path_factory.mktemp("bench"), request.param) as made:
         yield request.param, made

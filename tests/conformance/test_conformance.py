@@ -98,7 +98,7 @@ def test_containerds_own_snapshotter_passes(scratch: Path) -> None:
 
 def test_ours_passes_again_and_again(daemon: Daemon, scratch: Path) -> None:
     """Each run gives the same names again: whatever the one before left behind would be in its way."""
-    for version, left_out in (("1.6", ""), ("1.6", ""), ("1.7", LEFT_OUT)):
+    for version, left_out in (("1.6", ""), ("1.6", LEFT_OUT), ("1.7", LEFT_OUT)):
         assert_conforms(run_suite(version, daemon.address, SNAPSHOTTER, scratch, left_out))
         wait_for("every snapshot is removed", lambda: not daemon.tardevctl("snapshots"))
         wait_for("every mount is released", lambda: not daemon.mounts())

@@ -21,7 +21,8 @@ from blockdev.vmm import qemu
 from blockdev.vmm.hotplug import Disk, attach_all
 from tests.guest import Guest, make_initramfs
 
-pytestmark = pytest.mark.guest
+# In ./dev test the guests of tests/uvm get their disks that way.
+pytestmark = [pytest.mark.guest, pytest.mark.soak]
 
 SLOTS = 64
 
