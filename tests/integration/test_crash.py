@@ -59,7 +59,9 @@ def kill_during(node: Node, point: str, *arguments: str | Path) -> None:
 @pytest.mark.parametrize(
     ("node", "point"),
     [
-        *(("system", point) for point in BUILD + COMMIT),
+        # The same steps, entered by another way; in ./dev test those of Commit, which builds too.
+        *(pytest.param("system", point, marks=pytest.mark.soak) for point in BUILD),
+        *(("system", point) for point in COMMIT),
         *(("later", point) for point in BUILD + APPLY + COMMIT + PARENTS),
     ],
     indirect=["node"],

@@ -28,7 +28,9 @@ def promised(images: Path, name: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.fixture(scope="module", params=["1.6", pytest.param("1.7", marks=pytest.mark.soak), "later"])
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(version, marks=pytest.mark.soak) for version in ("1.6", "1.7")), "later"]
+)
 def shared_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     with a_node(tmp_path_factory.mktemp("node"), request.param) as made:
         yield made
