@@ -16,6 +16,7 @@ from pathlib import Path
 
 from blockdev.formats.layer_file import format_named
 from blockdev.kernel import idmap, mounts
+from snapshotter.contracts.mount import Lower
 from snapshotter.errors import DataLoss
 from snapshotter.idmap import IDMapping
 from snapshotter.layerstore import LayerStore
@@ -52,8 +53,8 @@ class Activation:
         self,
         layers: Callable[[], Awaitable[Sequence[Layer]]],
         mapped: tuple[Path, IDMapping] | None = None,
-    ) -> list[Path]:
-        """Mount points of the layers, in their order, mounting what is not: all of it or, where it raises, nothing.
+    ) -> list[Lower]:
+        """The layers at their mount points, in order, mounting what is not: all of it or, where it raises, nothing.
 
         `mapped`: those in this directory, with these IDs; whoever removes it unmounts them. Raises KernelError,
         BrokenLayer, and what `layers` raises: it is asked when no release can come in between.
@@ -62,10 +63,9 @@ class Activation:
             wanted = await layers()
             return await to_the_end(asyncio.to_thread(self._ensure, wanted, mapped))
 
-    def _ensure(self, layers: Sequence[Layer], mapped: tuple[Path, IDMapping] | None) -> list[Path]:
+    def _ensure(self, layers: Sequence[Layer], mapped: tuple[Path, IDMapping] | None) -> list[Lower]:
         """Costs a look at each layer of the chain, whatever else is mounted on the host."""
         wanted = {format(layer.id, "x"): layer for layer in layers}
-        names = [format(layer.id, "x") for layer in layers]
         directory, there = self._directory, mounts.mounted_at(self._directory, wanted)
         made: list[Path] = []
         try:
@@ -80,7 +80,7 @@ class Activation:
             for point in reversed(made):
                 _unmount_all(point)
             raise
-        return [directory / name for name in names]
+        return [Lower(directory / format(layer.id, "x"), layer.format, layer.root_hash) for layer in layers]
 
     def _mount(self, layer: Layer, point: Path) -> None:
         why = self._store.contradiction(layer)

@@ -65,8 +65,10 @@ class Builder:
         limits: Limits,
         timeout_seconds: float,
         per_namespace: bool,
+        renew: Callable[[Layer], Awaitable[None]],
     ) -> None:
-        self._metastore, self._store, self._content = metastore, store, content
+        """`renew`: told of a layer whose file was lost or spoilt, and is a new one now."""
+        self._metastore, self._store, self._content, self._renew = metastore, store, content, renew
         self._slots = asyncio.Semaphore(workers)
         self._limits, self._timeout, self._per_namespace = limits, timeout_seconds, per_namespace
         self._cpu_seconds = max(_CPU_SECONDS_MIN, math.ceil(_PROCESSORS_OF_A_PROCESS * timeout_seconds))
@@ -349,11 +351,14 @@ class Builder:
         async with self.publishing:
             there = await self._metastore.layer(record.diff_id, record.format)
             # The same tar came in another compression: its file is there, only the mapping is new.
-            if there is None or there.state is not LayerState.READY or not await self._is_whole(there):
+            replaced = there is None or there.state is not LayerState.READY or not await self._is_whole(there)
+            if replaced:
                 await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
             trace("build.published")
             layer = await self._metastore.publish(record, compression, seconds)
             self.touch(layer)
+            if replaced and there is not None:
+                await self._renew(layer)
         return layer
 
     def touch(self, layer: Layer) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 import tomllib
 from pathlib import Path
@@ -23,6 +24,7 @@ _SIZE: Final = re.compile(r"(\d{1,18})\s*([KMGT]?i?B)?\Z")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `([^`]*)`")
 _STATE: Final = "/var/lib/containerd"
 _SOCKET_PATH_BYTES_MAX: Final = 107  # Linux: include/uapi/linux/un.h, without the NUL at the end
+_LINKS_BYTES_MAX: Final = 1024
 # What grpc.sock below the root needs of that.
 _ROOT_BYTES_MAX: Final = _SOCKET_PATH_BYTES_MAX - len("/grpc.sock")
 
@@ -90,10 +92,16 @@ class SnapshotterName(_Table, frozen=True):
     skip_download: bool = False
     max_layers: _Count = 0  # until a contract fills in its own
     remap_ids: bool = False
+    encoding: str = ""  # until a contract fills in its own
+    layers: str = ""
 
     def __post_init__(self) -> None:
-        if not self.max_layers and self.contract in CONTRACTS:
-            msgspec.structs.force_setattr(self, "max_layers", CONTRACTS[self.contract].MAX_LAYERS)
+        if self.contract in CONTRACTS:
+            contract = CONTRACTS[self.contract]
+            if not self.max_layers:
+                msgspec.structs.force_setattr(self, "max_layers", contract.MAX_LAYERS)
+            if not self.encoding:
+                msgspec.structs.force_setattr(self, "encoding", contract.ENCODINGS[0])
 
 
 class Config(_Table, frozen=True):
@@ -108,6 +116,14 @@ class Config(_Table, frozen=True):
     snapshotters: dict[str, SnapshotterName] = msgspec.field(
         default_factory=lambda: {"tardev-host": SnapshotterName(contract="host", format="tar-index")}
     )
+
+    def links(self) -> dict[str, Path]:
+        """Of each name whose contract names layers as files: the directory of their links."""
+        return {
+            name: Path(chosen.layers or f"{self.root}/layers")
+            for name, chosen in self.snapshotters.items()
+            if not CONTRACTS[chosen.contract].ACTIVATES
+        }
 
 
 def load(path: Path) -> Config:
@@ -184,6 +200,36 @@ def _check(config: Config) -> None:
                 f"snapshotters.{name}.skip_download answers from what any namespace has pulled:"
                 ' it cannot go with builds.sharing = "namespace"'
             )
+        _check_links(config, name, chosen)
+    owners: dict[str, str] = {}
+    for name, directory in config.links().items():
+        first = owners.setdefault(os.path.normpath(directory), name)
+        if config.snapshotters[first].format != config.snapshotters[name].format:
+            raise ConfigError(
+                f"snapshotters.{name}.layers: {directory} holds the layers of {first}, which are of another format;"
+                " give one of them another directory"
+            )
+
+
+def _check_links(config: Config, name: str, chosen: SnapshotterName) -> None:
+    contract = CONTRACTS[chosen.contract]
+    if chosen.encoding not in contract.ENCODINGS:
+        known = ", ".join(filter(None, contract.ENCODINGS)) or "none"
+        raise ConfigError(
+            f"snapshotters.{name}.encoding: contract {chosen.contract} has no {chosen.encoding!r}; it has: {known}"
+        )
+    if not chosen.layers:
+        return
+    if contract.ACTIVATES:
+        raise ConfigError(f"snapshotters.{name}.layers: contract {chosen.contract} mounts layers, it names no files")
+    if not chosen.layers.startswith("/") or any(char in chosen.layers for char in "\0,:\\"):
+        raise ConfigError(f"snapshotters.{name}.layers must be an absolute path without comma, colon or backslash")
+    if len(chosen.layers.encode()) > _LINKS_BYTES_MAX:
+        raise ConfigError(f"snapshotters.{name}.layers is over {_LINKS_BYTES_MAX} bytes")
+    root, directory = os.path.normpath(config.root), os.path.normpath(chosen.layers)
+    inside = directory == root or directory.startswith(f"{root}/")
+    if inside and directory != f"{root}/layers" and not directory.startswith(f"{root}/links/"):
+        raise ConfigError(f"snapshotters.{name}.layers: below root only {root}/layers and {root}/links/NAME can be it")
 
 
 def _explain(message: str, data: dict[str, Any]) -> str:

@@ -25,10 +25,12 @@ from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 from snapshotter.builder import Builder
 from snapshotter.config import Config
 from snapshotter.content import Content
+from snapshotter.contracts import CONTRACTS
 from snapshotter.directories import Directories
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
 from snapshotter.interceptor import Interceptor
 from snapshotter.layerstore import LayerStore
+from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Metastore
 from snapshotter.service import DiffService, SnapshotsService
 from snapshotter.snapshots import Named, Snapshots
@@ -105,16 +107,19 @@ async def run(settings: Config) -> None:
         # From here on containerd's calls wait in the socket's queue instead of failing.
         bound = listener.bind(Path(settings.address))
         at_end.callback(bound.release)
-        metastore = Metastore(root / FILE_NAME)
+        contracts = {name: CONTRACTS[chosen.contract] for name, chosen in settings.snapshotters.items()}
+        unmounted = frozenset(name for name, contract in contracts.items() if not contract.ACTIVATES)
+        metastore = Metastore(root / FILE_NAME, unmounted=unmounted)
         at_end.push_async_callback(metastore.close)
         store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
         directories = Directories(root)
         at_end.callback(directories.close)
         activation = Activation(root, store, always_loop=settings.host.mount_through == "loop")
-        for part in (store, directories, activation):
+        links = Links(settings.links(), metastore, store)
+        for part in (store, directories, activation, links):
             part.prepare()
-        actions = reconcile.plan(await inventory.take(metastore, store, directories, activation))
-        await reconcile.apply(actions, metastore, store, directories, activation)
+        actions = reconcile.plan(await inventory.take(metastore, store, directories, activation, links))
+        await reconcile.apply(actions, metastore, store, directories, activation, links)
 
         content = Content(Path(settings.containerd.content), settings.containerd.address)
         at_end.push_async_callback(content.close)
@@ -126,6 +131,7 @@ async def run(settings: Config) -> None:
             limits=settings.builds.limits(),
             timeout_seconds=settings.builds.timeout,
             per_namespace=settings.builds.sharing == "namespace",
+            renew=links.renew,
         )
         at_end.push_async_callback(builder.close)
         names = {
@@ -135,6 +141,7 @@ async def run(settings: Config) -> None:
                 chosen.max_layers,
                 remap_ids=chosen.remap_ids,
                 skip_download=chosen.skip_download,
+                encoding=chosen.encoding,
             )
             for name, chosen in settings.snapshotters.items()
         }
@@ -146,7 +153,7 @@ async def run(settings: Config) -> None:
                     snapshotter=name,
                 )
         snapshots = Snapshots(
-            names, metastore, store, directories, builder, content, activation,
+            names, metastore, store, directories, builder, content, activation, links,
             cache_bytes=config.parse_size(settings.cache.max_size),
         )  # fmt: skip
         at_end.push_async_callback(snapshots.close)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 from snapshotter.activation import Activation
 from snapshotter.directories import Directories
 from snapshotter.layerstore import LayerStore
+from snapshotter.links import Links
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot
 
@@ -24,9 +26,13 @@ class Inventory:
     whole_directories: frozenset[str]  # those of them with all their parts
     mounted: frozenset[LayerID]
     layers_in_use: frozenset[LayerID]
+    unsettled_links: tuple[Snapshot, ...] = ()  # committed ones, without the link that they should have or with another
+    stray_links: tuple[Path, ...] = ()
 
 
-async def take(metastore: Metastore, store: LayerStore, directories: Directories, activation: Activation) -> Inventory:
+async def take(
+    metastore: Metastore, store: LayerStore, directories: Directories, activation: Activation, links: Links
+) -> Inventory:
     """Raises OSError, KernelError, Internal."""
     snapshots = await metastore.snapshots()
     layers = await metastore.layers()
@@ -43,6 +49,8 @@ async def take(metastore: Metastore, store: LayerStore, directories: Directories
                     continue
                 if why:
                     contradictions[layer.id] = why
+        sound = [layer for layer in layers if layer.id not in contradictions]
+        unsettled, strays = links.look(snapshots, sound)
         return Inventory(
             tuple(snapshots),
             tuple(layers),
@@ -52,6 +60,8 @@ async def take(metastore: Metastore, store: LayerStore, directories: Directories
             *directories.names(),
             frozenset(activation.mounted()),
             frozenset(in_use),
+            tuple(unsettled),
+            tuple(strays),
         )
 
     return await asyncio.to_thread(look)

@@ -83,6 +83,7 @@ _MIGRATIONS: Final = (
         chain_id TEXT,
         layer_id INTEGER REFERENCES layers (id),
         parents_layer_id INTEGER REFERENCES layers (id),
+        links TEXT NOT NULL DEFAULT '',
         created_ns INTEGER NOT NULL,
         updated_ns INTEGER NOT NULL,
         UNIQUE (snapshotter, name)
@@ -90,6 +91,7 @@ _MIGRATIONS: Final = (
     CREATE INDEX snapshots_parent ON snapshots (parent_id);
     CREATE INDEX snapshots_layer ON snapshots (layer_id);
     CREATE INDEX snapshots_parents_layer ON snapshots (parents_layer_id);
+    CREATE INDEX snapshots_links ON snapshots (chain_id, links) WHERE links != '';
     CREATE INDEX blobs_diff_id ON blobs (diff_id);
     """,
 )
@@ -144,6 +146,7 @@ class Snapshot:
     """`parent` is a name or "". `layer_id` of an active snapshot: what was applied to it.
 
     `parents_layer_id`: what goes on top of the chain, of a committed snapshot whose chain needs one.
+    `links`: the directory in which the layer of a committed snapshot has a link; "" without. `root_hash`: the layer's.
     """
 
     id: SnapshotID
@@ -159,6 +162,8 @@ class Snapshot:
     created_ns: int
     updated_ns: int
     parents_layer_id: LayerID | None = None
+    links: str = ""
+    root_hash: str = ""
 
     @property
     def has_directory(self) -> bool:
@@ -195,8 +200,9 @@ _LAYER: Final = (
 )
 _SNAPSHOT: Final = (
     "s.id, s.snapshotter, s.name, coalesce(p.name, ''), s.parent_id, s.kind, s.extraction, s.labels, s.chain_id,"
-    " s.layer_id, s.created_ns, s.updated_ns, s.parents_layer_id"
-    " FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent_id"
+    " s.layer_id, s.created_ns, s.updated_ns, s.parents_layer_id, s.links,"
+    " coalesce(l.root_hash, '')"
+    " FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent_id LEFT JOIN layers l ON l.id = s.layer_id"
 )
 
 
@@ -363,6 +369,7 @@ class _Database:
         chain: ChainID | None,
         parent_id: SnapshotID | None,
         parents_layer_id: LayerID | None = None,
+        links: str = "",
     ) -> None:
         if self.snapshot(snapshot.snapshotter, name):
             raise AlreadyExists(f"snapshot {name!r} of {snapshot.snapshotter} exists already")
@@ -375,12 +382,12 @@ class _Database:
         now = time.time_ns()
         # A parent that it gets only now may be younger than it: its id is no measure of the order then.
         values = (
-            name, Kind.COMMITTED, _json(_kept(labels)), layer_id, chain, parent_id, parents_layer_id, now, now,
-            snapshot.id,
+            name, Kind.COMMITTED, _json(_kept(labels)), layer_id, chain, parent_id, parents_layer_id, links,
+            now, now, snapshot.id,
         )  # fmt: skip
         self.connection.execute(
             "UPDATE snapshots SET name = ?, kind = ?, extraction = 0, labels = ?, layer_id = ?, chain_id = ?,"
-            " parent_id = ?, parents_layer_id = ?, created_ns = ?, updated_ns = ? WHERE id = ?",
+            " parent_id = ?, parents_layer_id = ?, links = ?, created_ns = ?, updated_ns = ? WHERE id = ?",
             values,
         )
 
@@ -418,18 +425,51 @@ class _Database:
         )
         return [_layer(row) for row in rows]
 
-    def layers_in_use(self) -> set[LayerID]:
+    def chain_ids(self, snapshot_id: SnapshotID | None) -> list[ChainID | None]:
+        """Of a committed snapshot and its parents, topmost first."""
+        rows = self.connection.execute(
+            "WITH RECURSIVE up (depth, parent_id, chain_id) AS ("
+            " SELECT 0, parent_id, chain_id FROM snapshots WHERE id = ?1"
+            " UNION ALL SELECT depth + 1, s.parent_id, s.chain_id FROM snapshots s JOIN up ON s.id = up.parent_id)"
+            " SELECT chain_id FROM up ORDER BY depth",
+            (snapshot_id,),
+        )
+        return [row[0] for row in rows]
+
+    def linked_layer(self, directory: str, chain: ChainID) -> LayerID | None:
+        row = self.connection.execute(
+            "SELECT layer_id FROM snapshots WHERE chain_id = ? AND links = ? AND links != '' LIMIT 1",
+            (chain, directory),
+        ).fetchone()
+        return LayerID(row[0]) if row else None
+
+    def links_of(self, layer_id: LayerID) -> list[tuple[str, ChainID]]:
+        rows = self.connection.execute(
+            "SELECT DISTINCT links, chain_id FROM snapshots"
+            " WHERE layer_id = ? AND links != '' AND chain_id IS NOT NULL",
+            (layer_id,),
+        )
+        return [(row[0], ChainID(row[1])) for row in rows]
+
+    def set_links(self, snapshot_id: SnapshotID, directory: str) -> None:
+        self.connection.execute(
+            "UPDATE snapshots SET links = ? WHERE id = ? AND kind = ?", (directory, snapshot_id, Kind.COMMITTED)
+        )
+
+    def layers_in_use(self, unmounted: frozenset[str]) -> set[LayerID]:
         """Layers below any container's snapshot: those that a host contract keeps mounted."""
+        others = f" AND snapshotter NOT IN ({_marks(unmounted)})" if unmounted else ""
         rows = self.connection.execute(
             # Containers are many, images few.
             "WITH RECURSIVE below (id) AS ("
-            " SELECT DISTINCT parent_id FROM snapshots WHERE kind != ? AND NOT extraction AND parent_id IS NOT NULL),"
+            " SELECT DISTINCT parent_id FROM snapshots WHERE kind != ? AND NOT extraction AND parent_id IS NOT NULL"
+            f"{others}),"
             " up (id) AS (SELECT id FROM below"
             " UNION SELECT s.parent_id FROM snapshots s JOIN up ON s.id = up.id WHERE s.parent_id IS NOT NULL)"
             " SELECT s.layer_id FROM snapshots s JOIN up ON s.id = up.id WHERE s.layer_id IS NOT NULL"
             " UNION SELECT s.parents_layer_id FROM snapshots s JOIN below ON s.id = below.id"
             " WHERE s.parents_layer_id IS NOT NULL",
-            (Kind.COMMITTED,),
+            (Kind.COMMITTED, *unmounted),
         )
         return {LayerID(row[0]) for row in rows}
 
@@ -551,11 +591,12 @@ class Metastore:
     """The transactions as coroutines. Every one raises what it says itself, Internal where SQLite fails, and
     ResourceExhausted where the disk is full.
 
-    A caller that is cancelled leaves its transaction to end: it happened or it did not.
+    A caller that is cancelled leaves its transaction to end: it happened or it did not. `unmounted`: names of
+    snapshotters whose containers need no layer mounted on the host.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, unmounted: frozenset[str] = frozenset()) -> None:
+        self._path, self._unmounted = path, unmounted
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metastore")
         try:
             self._database = self._thread.submit(_Database, path, read_only=False).result()
@@ -629,9 +670,10 @@ class Metastore:
         chain: ChainID | None,
         parent_id: SnapshotID | None,
         parents_layer_id: LayerID | None = None,
+        links: str = "",
     ) -> None:
         """Raises AlreadyExists (name), NotFound (it, or its parent), FailedPrecondition (not active)."""
-        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain, parent_id, parents_layer_id)
+        await self._run(_Database.commit, snapshot, name, labels, layer_id, chain, parent_id, parents_layer_id, links)
 
     async def remove(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound, FailedPrecondition (has children)."""
@@ -651,7 +693,23 @@ class Metastore:
         return await self._run(_Database.chain, snapshot_id)
 
     async def layers_in_use(self) -> set[LayerID]:
-        return await self._run(_Database.layers_in_use)
+        return await self._run(_Database.layers_in_use, self._unmounted)
+
+    async def chain_ids(self, snapshot_id: SnapshotID | None) -> list[ChainID | None]:
+        """In the order of `chain`, without a parents layer, which has none."""
+        return await self._run(_Database.chain_ids, snapshot_id)
+
+    async def linked_layer(self, directory: str, chain: ChainID) -> LayerID | None:
+        """The layer that any snapshot has linked there under the chain ID."""
+        return await self._run(_Database.linked_layer, directory, chain)
+
+    async def links_of(self, layer_id: LayerID) -> list[tuple[str, ChainID]]:
+        """(links directory, chain ID) of each link to its file."""
+        return await self._run(_Database.links_of, layer_id)
+
+    async def set_links(self, snapshot_id: SnapshotID, directory: str) -> None:
+        """Of a committed snapshot."""
+        await self._run(_Database.set_links, snapshot_id, directory)
 
     async def has_container(self, parent_id: SnapshotID) -> bool:
         """Whether a container stands on it, and so on all layers below it."""

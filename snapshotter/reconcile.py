@@ -6,14 +6,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from snapshotter.activation import Activation
 from snapshotter.directories import Directories, remove_tree
 from snapshotter.inventory import Inventory
 from snapshotter.layerstore import LayerStore
+from snapshotter.links import Links
 from snapshotter.log import get_logger
-from snapshotter.metastore import Layer, LayerState, Metastore, SnapshotID
+from snapshotter.metastore import Layer, LayerState, Metastore, Snapshot, SnapshotID
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,29 @@ class ReleaseMounts:
     """Layers that no container's snapshot needs are still mounted."""
 
 
+@dataclass(frozen=True, slots=True)
+class SettleLink:
+    """Lost, or not where the configuration has it now."""
+
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteLink:
+    """Made, but the transaction did not follow; or its snapshot is gone already."""
+
+    path: Path
+
+
 Action: TypeAlias = (
-    DeleteStaged | DeleteLayerFile | Quarantine | DeleteSnapshotDirectory | MakeSnapshotDirectory | ReleaseMounts
+    DeleteStaged
+    | DeleteLayerFile
+    | Quarantine
+    | DeleteSnapshotDirectory
+    | MakeSnapshotDirectory
+    | ReleaseMounts
+    | SettleLink
+    | DeleteLink
 )
 
 
@@ -81,6 +104,8 @@ def plan(inventory: Inventory) -> list[Action]:
     ]
     if inventory.mounted - inventory.layers_in_use:
         actions.append(ReleaseMounts())
+    actions += [SettleLink(snapshot) for snapshot in inventory.unsettled_links]
+    actions += [DeleteLink(path) for path in inventory.stray_links]
     return actions
 
 
@@ -90,19 +115,25 @@ async def apply(
     store: LayerStore,
     directories: Directories,
     activation: Activation,
+    links: Links,
 ) -> None:
     """Every action that can be done; the others are logged and wait for the next time, and the daemon starts."""
     log = get_logger()
     for action in actions:
         log.info("reconcile", action=type(action).__name__, detail=str(action))
         try:
-            await _do(action, metastore, store, directories, activation)
+            await _do(action, metastore, store, directories, activation, links)
         except Exception as error:
             log.error("reconcile failed", action=str(action), error=f"{type(error).__name__}: {error}")
 
 
 async def _do(
-    action: Action, metastore: Metastore, store: LayerStore, directories: Directories, activation: Activation
+    action: Action,
+    metastore: Metastore,
+    store: LayerStore,
+    directories: Directories,
+    activation: Activation,
+    links: Links,
 ) -> None:
     match action:
         case DeleteStaged(name):
@@ -118,3 +149,7 @@ async def _do(
             await asyncio.to_thread(directories.make, snapshot_id)
         case ReleaseMounts():
             await activation.release_unused(metastore.layers_in_use)
+        case SettleLink(snapshot):
+            await links.settle(snapshot)
+        case DeleteLink(path):
+            await asyncio.to_thread(path.unlink, missing_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,9 +22,9 @@ from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
 from snapshotter.candidates import Candidates
 from snapshotter.content import Blob, Caller, Content
-from snapshotter.contracts import CONTRACTS, Mount
+from snapshotter.contracts import CONTRACTS, Contract, Lower, Mount
 from snapshotter.contracts.limit import check_layers
-from snapshotter.contracts.mount import directories_of, extraction_mounts
+from snapshotter.contracts.mount import directories_of, extraction_mounts, own_directory
 from snapshotter.differ import Differ
 from snapshotter.directories import Directories
 from snapshotter.errors import (
@@ -38,6 +38,7 @@ from snapshotter.errors import (
 from snapshotter.filters import Subject, compile_filters
 from snapshotter.idmap import GID_LABEL, UID_LABEL, IDMapping, keeping, mapping_of
 from snapshotter.layerstore import LayerStore
+from snapshotter.links import Links
 from snapshotter.log import get_logger
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component
@@ -58,6 +59,7 @@ class Named:
     max_layers: int
     remap_ids: bool = False
     skip_download: bool = False
+    encoding: str = ""
 
 
 class Snapshots:
@@ -70,12 +72,13 @@ class Snapshots:
         builder: Builder,
         content: Content,
         activation: Activation,
+        links: Links,
         *,
         cache_bytes: int,
     ) -> None:
         self._names = names
         self._metastore, self._store, self._builder = metastore, store, builder
-        self._directories, self._activation = directories, activation
+        self._directories, self._activation, self._links = directories, activation, links
         self._cache_bytes = cache_bytes
         formats = {name: named.format for name, named in names.items()}
         self._candidates = Candidates(formats, builder, content)
@@ -166,8 +169,14 @@ class Snapshots:
         parent: Snapshot | None,
         on_top: LayerID | None,
     ) -> None:
-        await self._metastore.commit(snapshot, name, labels, layer.id, chain, parent.id if parent else None, on_top)
+        above = parent.id if parent else None
+        async with self._links.made(snapshot.snapshotter, chain, layer) as links:
+            await self._metastore.commit(snapshot, name, labels, layer.id, chain, above, on_top, links)
         trace("commit.committed")
+        if on_top is not None and not self._contract(snapshot).NAMES_PARENTS:
+            self._log.warning(
+                "directories of lower layers show made attributes: the contract cannot name a parents layer", key=name
+            )
         self._candidates.forget(snapshot.id)
         self._usage.forget(snapshot.id)
         self._background.later("what a committed snapshot leaves", self._leave(snapshot))
@@ -183,13 +192,14 @@ class Snapshots:
         self._candidates.forget(snapshot.id)
         self._usage.forget(snapshot.id)
         if snapshot.kind is Kind.COMMITTED:
+            self._background.later("a removed snapshot's link", self._links.release(snapshot))
             return
         # Behind the reply: it waits for whoever mounts, and what is left goes with the next removal or start.
         self._background.later("what a removed snapshot leaves", self._leave(snapshot))
 
     async def stat(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound."""
-        return await self._metastore.stat(self._known(snapshotter), key)
+        return self._shown(await self._metastore.stat(self._known(snapshotter), key))
 
     async def update(self, snapshotter: str, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
         """Labels are all that can change: "labels" or no path replaces them, "labels.KEY" takes one of the request's,
@@ -211,8 +221,8 @@ class Snapshots:
             return old
 
         if self._names[self._known(snapshotter)].remap_ids:
-            return await self._metastore.update_labels(snapshotter, name, keeping(change))
-        return await self._metastore.update_labels(snapshotter, name, change)
+            return self._shown(await self._metastore.update_labels(snapshotter, name, keeping(change)))
+        return self._shown(await self._metastore.update_labels(snapshotter, name, change))
 
     async def walk(self, snapshotter: str, filters: Iterable[str]) -> AsyncGenerator[Snapshot, None]:
         """All namespaces', as they are at one moment. Raises InvalidArgument (a filter)."""
@@ -220,7 +230,7 @@ class Snapshots:
         rows = self._metastore.walk(self._known(snapshotter), wanted.only("name"), wanted.only("parent"))
         async with aclosing(rows) as batches:
             async for batch in batches:
-                for snapshot in batch:
+                for snapshot in map(self._shown, batch):
                     if wanted(Subject(snapshot.name, snapshot.parent, snapshot.kind, snapshot.labels)):
                         yield snapshot
 
@@ -313,6 +323,19 @@ class Snapshots:
             raise InvalidArgument(f"snapshotter {snapshotter!r} is not configured; there are: {', '.join(self._names)}")
         return snapshotter
 
+    def _contract(self, snapshot: Snapshot) -> Contract:
+        return CONTRACTS[self._names[snapshot.snapshotter].contract]
+
+    def _shown(self, snapshot: Snapshot) -> Snapshot:
+        """With the label that its contract gives it, whatever clients have put there."""
+        label = self._contract(snapshot).ROOT_HASH_LABEL
+        if not label:
+            return snapshot
+        labels = {name: value for name, value in snapshot.labels.items() if name != label}
+        if snapshot.kind is Kind.COMMITTED and snapshot.root_hash:
+            labels[label] = snapshot.root_hash
+        return replace(snapshot, labels=labels)
+
     def _expect(self, snapshot: Snapshot, caller: Caller) -> None:
         chain = chain_id_of(snapshot.name)
         if chain is not None and not self._applies:
@@ -327,6 +350,9 @@ class Snapshots:
             await self._directories.remove(str(snapshot.id))
 
     async def _release(self, gone: Snapshot) -> None:
+        if not self._contract(gone).ACTIVATES:
+            return
+
         async def in_use() -> set[LayerID] | None:
             if gone.parent_id is None or await self._metastore.has_container(gone.parent_id):
                 return None
@@ -444,7 +470,7 @@ class Snapshots:
         if snapshot.extraction:
             return extraction_mounts(filled)
         named = self._names[snapshot.snapshotter]
-        contract = CONTRACTS[named.contract]
+        contract = self._contract(snapshot)
         mapping = self._mapping(named, snapshot.labels)
 
         async def layers() -> list[Layer]:
@@ -452,36 +478,49 @@ class Snapshots:
             if await self._metastore.by_id(snapshot.id) is None:
                 raise NotFound(f"snapshot {snapshot.name!r} was removed")
             found = await self._metastore.chain(snapshot.parent_id)
+            if not contract.NAMES_PARENTS:
+                found = [layer for layer in found if layer.format != PARENTS_FORMAT]
             if new:
-                check_layers(found, named.max_layers, snapshot.snapshotter, snapshot.parent)
+                once = contract.COUNTS_EQUAL_ONCE
+                check_layers(found, named.max_layers, snapshot.snapshotter, snapshot.parent, equal_once=once)
             return found
 
-        lowers: list[Path] = []
-        if contract.ACTIVATES and snapshot.parent_id:
+        lowers: list[Lower] = []
+        if snapshot.parent_id:
             mapped = (self._directories.lowers(snapshot.id), mapping) if mapping else None
-            lowers = await self._activated(snapshot, layers, mapped)
+            lowers = await self._lowers(snapshot, layers, mapped)
         if new and mapping:
             await to_the_end(asyncio.to_thread(self._directories.own, snapshot.id, *mapping.root))
-        if snapshot.kind is Kind.VIEW:
-            return contract.container_mounts(lowers or [filled], None, None)
-        return contract.container_mounts(lowers, filled, work)
+        view = snapshot.kind is Kind.VIEW
+        if not lowers:
+            return own_directory(filled, read_only=view)
+        if view:
+            return contract.container_mounts(lowers, None, None, named.encoding)
+        return contract.container_mounts(lowers, filled, work, named.encoding)
 
-    async def _activated(
+    async def _lowers(
         self,
         snapshot: Snapshot,
         layers: Callable[[], Awaitable[Sequence[Layer]]],
         mapped: tuple[Path, IDMapping] | None,
-    ) -> list[Path]:
-        """Where the layers are mounted. Raises BrokenLayer; not for a parents layer that can be made again."""
+    ) -> list[Lower]:
+        """The layers below, where the contract wants them. Raises BrokenLayer; not for a parents layer that can be made
+        again."""
+
+        async def ensure() -> list[Lower]:
+            if self._contract(snapshot).ACTIVATES:
+                return await self._activation.ensure(layers, mapped)
+            return await self._links.ensure(snapshot, layers)
+
         try:
-            return await self._activation.ensure(layers, mapped)
+            return await ensure()
         except BrokenLayer as error:
             await self._metastore.mark_broken([error.layer.id])
             parent = await self._metastore.by_id(snapshot.parent_id) if snapshot.parent_id else None
             if error.layer.format != PARENTS_FORMAT or parent is None:
                 raise
             await self._parents.again(parent)
-        return await self._activation.ensure(layers, mapped)
+        return await ensure()
 
     async def _parent_at_commit(self, snapshot: Snapshot, parent: str) -> Snapshot | None:
         """Its own, or the one that the caller names for a snapshot that was prepared without."""
@@ -508,6 +547,8 @@ class Snapshots:
             return layer
         if not snapshot.extraction and not is_digest(last_component(name)):
             named = self._names[snapshot.snapshotter]
+            if snapshot.parent_id and not self._contract(snapshot).ACTIVATES:
+                raise FailedPrecondition(f"what the container of snapshot {snapshot.name!r} wrote is in its VM")
             mapping = self._mapping_of(snapshot)
             return await self._builder.build_changes(
                 partial(self._directories.open_filled, snapshot.id, mapping), snapshot.name, named.format

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from snapshotter.contracts import host
-from snapshotter.contracts.mount import Mount
+from snapshotter.contracts import host, kata_tardev
+from snapshotter.contracts.mount import Lower, Mount
 
 
 class Contract(Protocol):
@@ -20,20 +20,41 @@ class Contract(Protocol):
 
     @property
     def ACTIVATES(self) -> bool:
-        """Whether the daemon mounts the layers on the host first."""
+        """Whether the daemon mounts the layers on the host first, and what a container writes stays there too.
+
+        Where not, the layers are named as files, by the links of `snapshotter.links`.
+        """
+
+    @property
+    def ENCODINGS(self) -> tuple[str, ...]:
+        """Ways to write the same mounts, for runtimes that differ in it; the first is a name's default."""
+
+    @property
+    def ROOT_HASH_LABEL(self) -> str:
+        """By which committed snapshots show their layer's root hash; "" for none."""
+
+    @property
+    def NAMES_PARENTS(self) -> bool:
+        """Whether a parents layer can be named: one on top, which no chain ID leads to."""
+
+    @property
+    def COUNTS_EQUAL_ONCE(self) -> bool:
+        """Whether equal layers of a chain are one for the runtime, and so for `max_layers`."""
 
     @property
     def MAX_LAYERS(self) -> int:
-        """Layers, equal ones counted once, that a runtime of this kind takes at the most; a name's default."""
+        """Layers that a runtime of this kind takes at the most; a name's default."""
 
     @property
     def REMAPS_IDS(self) -> bool:
         """Whether the layers can be shown under the IDs of a user namespace: those that the daemon mounts."""
 
-    def container_mounts(self, lowers: Sequence[Path], upper: Path | None, work: Path | None) -> list[Mount]:
-        """For a container. `lowers`: topmost layer first; without `upper` the snapshot is a view."""
+    def container_mounts(
+        self, lowers: Sequence[Lower], upper: Path | None, work: Path | None, encoding: str = ...
+    ) -> list[Mount]:
+        """For a container. `lowers`: topmost layer first, at least one; without `upper` the snapshot is a view."""
 
 
-CONTRACTS: Final[dict[str, Contract]] = {"host": host}
+CONTRACTS: Final[dict[str, Contract]] = {"host": host, "kata-tardev": kata_tardev}
 
-__all__ = ["CONTRACTS", "Contract", "Mount"]
+__all__ = ["CONTRACTS", "Contract", "Lower", "Mount"]

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from snapshotter.contracts.mount import Mount
+from snapshotter.contracts.mount import Lower, Mount
 
 FORMATS: Final = frozenset({"tar-index"})
 ACTIVATES: Final = True
+ENCODINGS: Final = ("",)
+ROOT_HASH_LABEL: Final = ""
+NAMES_PARENTS: Final = True
+COUNTS_EQUAL_ONCE: Final = True
 # Overlay takes 500 lower directories (Linux: fs/overlayfs/params.h, OVL_MAX_STACK), and one of them is the upper
 # directory when containerd looks in read-only, for the users of an image. The options of a mount(2) share a page:
 # containerd then names directories relative to the one that they all share, here in 9 bytes each up to layer 16777215.
@@ -18,12 +22,10 @@ MAX_LAYERS: Final = 400
 REMAPS_IDS: Final = True
 
 
-def container_mounts(lowers: Sequence[Path], upper: Path | None, work: Path | None) -> list[Mount]:
+def container_mounts(lowers: Sequence[Lower], upper: Path | None, work: Path | None, encoding: str = "") -> list[Mount]:
     # Overlay refuses a directory twice; of equal layers only the topmost can be seen.
-    stack = list(dict.fromkeys(map(str, lowers)))
+    stack = list(dict.fromkeys(str(lower.path) for lower in lowers))
     if upper is not None and work is not None:
-        if not stack:
-            return [Mount("bind", str(upper), ("rbind", "rw"))]
         return [_overlay(stack, f"upperdir={upper}", f"workdir={work}")]
     if len(stack) == 1:
         return [Mount("bind", stack[0], ("rbind", "ro"))]

@@ -15,6 +15,21 @@ class Mount:
     options: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """A layer as a contract is told of it. `path`: where the daemon mounted it, or its file under the name that the
+    contract gives it; `root_hash` in lower hexadecimal."""
+
+    path: Path
+    format: str
+    root_hash: str
+
+
+def own_directory(directory: Path, *, read_only: bool) -> list[Mount]:
+    """Of a snapshot without layers, for which every runtime is told the same."""
+    return [Mount("bind", str(directory), ("rbind", "ro" if read_only else "rw"))]
+
+
 def extraction_mounts(directory: Path) -> list[Mount]:
     """Where a layer may be unpacked in vain: writable, for containerd takes a read-only one as filled already."""
     return [Mount("bind", str(directory), ("rbind", "rw", "nosuid", "nodev", "noexec"))]

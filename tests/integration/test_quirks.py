@@ -2,8 +2,8 @@
 """One test for each thing that containerd and its clients do and that a snapshotter must bear with.
 
 Other files have more of: 1 (test_snapshots_api.py: any text, any length), 8 (should_fail/test_bad_layers.py: mounts of
-others), 9 (property/, should_fail/corpus: members, frames, padding), 12 (test_parallel_unpack.py). 16 to 24 are of
-contracts that this version does not have.
+others), 9 (property/, should_fail/corpus: members, frames, padding), 12 (test_parallel_unpack.py). 17 to 19
+(unit/test_kata_tardev.py, test_kata.py). 16 and 20 to 24 are of the runtimes behind the contracts.
 """
 
 from __future__ import annotations

@@ -163,6 +163,46 @@ def test_a_name_cannot_take_more_layers_than_its_contract() -> None:
     assert str(most) in message
 
 
+KATA = '[snapshotters.tardev]\ncontract = "kata-tardev"\nformat = "tar-index"\n'
+AZURE = '[snapshotters.azure]\ncontract = "kata-tardev"\nformat = "tarfs"\n'
+
+
+def test_a_name_of_kata_has_a_directory_of_links() -> None:
+    chosen = parse(KATA).snapshotters["tardev"]
+    assert (chosen.encoding, chosen.max_layers, chosen.layers) == ("base64", 59, "")
+    assert parse(KATA).links() == {"tardev": Path(Config().root, "layers")}
+    assert parse(f'{KATA}layers = "/l/a"\nencoding = "plain"\n').links() == {"tardev": Path("/l/a")}
+    assert parse(HOST).links() == {}
+    two = parse(f'{KATA}layers = "/l/a"\n{AZURE}{AZURE.replace("azure", "third")}')
+    assert two.links()["azure"] == two.links()["third"] == Path(Config().root, "layers")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (f"{KATA}{AZURE}", "snapshotters.azure.layers"),
+        (f'{KATA}layers = "/l/a/"\n{AZURE}layers = "/l//a"\n', "another format"),
+        (f'{KATA}layers = "l/a"\n', "absolute"),
+        (f'{KATA}layers = "/l,a"\n', "comma"),
+        (f'{KATA}layers = "/l:a"\n', "colon"),
+        (f'{KATA}layers = "/l\\u0000"\n', "absolute"),
+        (f'{KATA}layers = "/{"l" * 1024}"\n', "1024"),
+        (f'root = "/r"\n{KATA}layers = "/r"\n', "/r/layers"),
+        (f'root = "/r"\n{KATA}layers = "/r/staging"\n', "/r/layers"),
+        (f'root = "/r"\n{KATA}layers = "/r/layers/tarfs"\n', "/r/layers"),
+        (f'root = "/r"\n{KATA}layers = "/x/../r/snapshots/1"\n', "/r/links/"),
+        (f'{KATA}encoding = "hex"\n', "base64, plain"),
+        (f"{KATA}max_layers = 60\n", "59"),
+        (f"{KATA}remap_ids = true\n", "remap_ids"),
+        (f'{HOST}layers = "/l"\n', "snapshotters.mine.layers"),
+        (f'{HOST}encoding = "plain"\n', "snapshotters.mine.encoding"),
+        (HOST.replace("tar-index", "tarfs"), "tarfs"),
+    ],
+)
+def test_what_a_name_of_kata_cannot_have(text: str, named: str) -> None:
+    assert named in refused(text)
+
+
 @pytest.mark.parametrize("missing", ["contract", "format"])
 def test_a_snapshotter_that_lacks_a_key_is_named(missing: str) -> None:
     message = refused("\n".join(line for line in HOST.splitlines() if not line.startswith(missing)))
@@ -170,7 +210,7 @@ def test_a_snapshotter_that_lacks_a_key_is_named(missing: str) -> None:
     assert "mine" in message
 
 
-@pytest.mark.parametrize("contract", ["kata-tardev", "kata-erofs", "Host", ""])
+@pytest.mark.parametrize("contract", ["kata_tardev", "kata-erofs", "Host", ""])
 def test_a_contract_that_this_version_lacks_is_named(contract: str) -> None:
     message = refused(f'[snapshotters.tardev]\ncontract = "{contract}"\nformat = "tar-index"\n')
     assert "snapshotters.tardev" in message

@@ -9,9 +9,9 @@ import pytest
 
 from blockdev.formats.layer_file import FORMATS
 from snapshotter.config import Config
-from snapshotter.contracts import CONTRACTS, Mount, host
+from snapshotter.contracts import CONTRACTS, Lower, Mount, host
 from snapshotter.contracts.limit import check_layers
-from snapshotter.contracts.mount import directories_of, extraction_mounts, lowers_of
+from snapshotter.contracts.mount import directories_of, extraction_mounts, lowers_of, own_directory
 from snapshotter.errors import FailedPrecondition
 
 UPPER, WORK = Path("/r/snapshots/7/fs"), Path("/r/snapshots/7/work")
@@ -26,8 +26,8 @@ CONTEXTS = (
 )
 
 
-def lowers(*names: str) -> list[Path]:
-    return [Path("/r/m", name) for name in names]
+def lowers(*names: str) -> list[Lower]:
+    return [Lower(Path("/r/m", name), "tar-index", "0" * 64) for name in names]
 
 
 def test_a_container_stands_on_its_layers_topmost_first() -> None:
@@ -49,8 +49,9 @@ def test_a_container_on_one_layer_is_an_overlay_too() -> None:
     assert "lowerdir=/r/m/a" in mount.options
 
 
-def test_a_container_on_nothing_gets_its_own_directory() -> None:
-    assert host.container_mounts([], UPPER, WORK) == [Mount("bind", str(UPPER), ("rbind", "rw"))]
+def test_a_snapshot_without_layers_is_its_own_directory() -> None:
+    assert own_directory(UPPER, read_only=False) == [Mount("bind", str(UPPER), ("rbind", "rw"))]
+    assert own_directory(UPPER, read_only=True) == [Mount("bind", str(UPPER), ("rbind", "ro"))]
 
 
 def test_a_view_has_no_upper_directory() -> None:
@@ -97,7 +98,8 @@ def test_as_many_layers_as_the_contract_takes_fit_the_page_of_mount_options(root
     directory = Path(root, "snapshots", "1000000000")
     below = directory / "l" if mapped else Path(root, "m")
     stack = [below / format(0xFFFFFF - number, "x") for number in range(host.MAX_LAYERS)]
-    (mount,) = host.container_mounts(stack, directory / "fs", directory / "work")
+    named = [Lower(path, "tar-index", "0" * 64) for path in stack]
+    (mount,) = host.container_mounts(named, directory / "fs", directory / "work")
     options = [*mount.options, 'context="' + "c" * 200 + '"']
     for read_only in (False, True):
         data = as_containerd_mounts(options, read_only=read_only)
@@ -109,11 +111,13 @@ def test_as_many_layers_as_the_contract_takes_fit_the_page_of_mount_options(root
 
 def test_layers_beyond_the_limit_are_refused_with_the_limit_and_the_key() -> None:
     layers = [SimpleNamespace(id=number) for number in (1, 2, 3, 2, 1)]
-    check_layers(layers, 3, "mine", "top")  # type: ignore[arg-type]
-    with pytest.raises(FailedPrecondition) as caught:
-        check_layers(layers, 2, "mine", "top")  # type: ignore[arg-type]
-    for part in ("'top'", " 3 layers", " 2:", "max_layers", "[snapshotters.mine]"):
-        assert part in str(caught.value)
+    for once, count in ((True, 3), (False, 5)):
+        check_layers(layers, count, "mine", "top", equal_once=once)  # type: ignore[arg-type]
+        with pytest.raises(FailedPrecondition) as caught:
+            check_layers(layers, count - 1, "mine", "top", equal_once=once)  # type: ignore[arg-type]
+        for part in ("'top'", f" {count} layers", f" {count - 1}:", "max_layers", "[snapshotters.mine]"):
+            assert part in str(caught.value)
+        assert ("equal ones counted once" in str(caught.value)) == once
 
 
 def test_an_extraction_may_write_and_run_nothing() -> None:
@@ -165,7 +169,7 @@ def test_what_a_view_shows(mounts: list[Mount], expected: list[str]) -> None:
 def test_our_own_answers_are_recognised() -> None:
     assert directories_of(extraction_mounts(UPPER)) == [str(UPPER)]
     assert directories_of(host.container_mounts(lowers("a"), UPPER, WORK)) == [str(UPPER)]
-    assert directories_of(host.container_mounts([], UPPER, WORK)) == [str(UPPER)]
+    assert directories_of(own_directory(UPPER, read_only=False)) == [str(UPPER)]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -175,7 +179,7 @@ def test_options_that_containerd_appends_under_selinux_change_nothing(context: t
         "extraction": extraction_mounts(UPPER),
         "container": host.container_mounts(lowers("b", "a"), UPPER, WORK),
         "view": host.container_mounts(lowers("b", "a"), None, None),
-        "no layers": host.container_mounts([], UPPER, WORK),
+        "no layers": own_directory(UPPER, read_only=False),
     }[answer]
     for options in ((*mount.options, *context), (*context, *mount.options)):
         labelled = Mount(mount.type, mount.source, options)

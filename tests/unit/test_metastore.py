@@ -536,7 +536,7 @@ async def test_a_chain_may_be_very_long(store: Metastore, path: Path) -> None:
         for number in range(1, 1000):
             other.execute(
                 "INSERT INTO snapshots SELECT NULL, snapshotter, ?, max(id), kind, extraction, labels, chain_id,"
-                " layer_id, parents_layer_id, created_ns, updated_ns FROM snapshots",
+                " layer_id, parents_layer_id, links, created_ns, updated_ns FROM snapshots",
                 (str(number),),
             )
     top = await store.stat(S, "999")

@@ -18,14 +18,17 @@ from snapshotter.directories import Directories, remove_tree
 from snapshotter.errors import ResourceExhausted
 from snapshotter.inventory import Inventory
 from snapshotter.layerstore import LayerStore
+from snapshotter.links import Links
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.reconcile import (
     DeleteLayerFile,
+    DeleteLink,
     DeleteSnapshotDirectory,
     DeleteStaged,
     MakeSnapshotDirectory,
     Quarantine,
     ReleaseMounts,
+    SettleLink,
     plan,
 )
 from tests.golden import make_tars
@@ -137,7 +140,10 @@ def test_everything_at_once() -> None:
         snapshot_directories=frozenset({"1", "5"}),
         whole_directories=frozenset({"1"}),
         mounted=frozenset({LayerID(8)}),
+        unsettled_links=(snapshot(3, Kind.COMMITTED, 1),),
+        stray_links=(Path("/l/9"),),
     )
+    assert plan(messy)[-2:] == [SettleLink(snapshot(3, Kind.COMMITTED, 1)), DeleteLink(Path("/l/9"))]
     assert {type(action) for action in plan(messy)} == set(reconcile.Action.__args__)
     assert plan(messy) == plan(messy)
 
@@ -169,14 +175,17 @@ class Place:
     store: LayerStore
     directories: Directories
     activation: Activation
+    links: Links
 
     async def mend(self) -> list[reconcile.Action]:
-        actions = plan(await inventory.take(self.metastore, self.store, self.directories, self.activation))
+        parts = (self.metastore, self.store, self.directories, self.activation, self.links)
+        actions = plan(await inventory.take(*parts))
         await self.apply(actions)
         return actions
 
     async def apply(self, actions: Iterable[reconcile.Action]) -> None:
-        await reconcile.apply(list(actions), self.metastore, self.store, self.directories, self.activation)
+        parts = (self.metastore, self.store, self.directories, self.activation, self.links)
+        await reconcile.apply(list(actions), *parts)
 
     async def layer(self, name: str) -> Layer:
         """Stored, with its row."""
@@ -203,7 +212,9 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     activation = Activation(root, store)
     activation.prepare()
     metastore = Metastore(root / "metadata.db")
-    yield Place(root, metastore, store, directories, activation)
+    links = Links({"tardev": root / "layers"}, metastore, store)
+    links.prepare()
+    yield Place(root, metastore, store, directories, activation, links)
     directories.close()
     await metastore.close()
 
