@@ -22,6 +22,7 @@ _MS_NOSUID: Final = 0x2
 _MS_NODEV: Final = 0x4
 _MNT_DETACH: Final = 0x2
 _UMOUNT_NOFOLLOW: Final = 0x8
+_TAR_BLOCK_BYTES: Final = 512  # of a tar, and of the file system that refers to it
 # EROFS mounts a plain file since 6.12; before 6.12.2 one such mount could not be told from another.
 _FILE_BACKED_SINCE: Final = (6, 12, 2)
 _ESCAPED: Final = re.compile(r"[ \t\n\\]")  # in paths; "#" only in sources
@@ -134,9 +135,30 @@ def mount_erofs(file: Path, target: Path, block_bytes: int, *, file_backed: bool
         os.close(device)  # the mount, if there is one, holds it now
 
 
-def _mount(source: str, target: Path, fs_type: str, flags: int) -> int:
+def mount_tar(index_fd: int, tar: Path, target: Path) -> None:
+    """Mount a tar through EROFS metadata of it that is in another file (`formats.tar_mount`), as `mount_erofs` does.
+
+    Raises KernelError.
+    """
+    try:
+        tar_fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"cannot open {tar}: {error}") from None
+    opened = [tar_fd]
+    try:
+        opened += [loop.attach_read_only(fd, _TAR_BLOCK_BYTES) for fd in (tar_fd, index_fd)]
+        data, index = (os.readlink(f"/proc/self/fd/{fd}") for fd in opened[1:])
+        if number := _mount(index, target, "erofs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, f"device={data}"):
+            raise _mount_error(f"{tar} through {data} and {index}", target, number)
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _mount(source: str, target: Path, fs_type: str, flags: int, data: str = "") -> int:
     """0, or the error number."""
-    if _libc.mount(os.fsencode(source), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), None):
+    arguments = (os.fsencode(source), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags))
+    if _libc.mount(*arguments, os.fsencode(data) if data else None):
         return ctypes.get_errno()
     return 0
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -72,3 +73,35 @@ def _layer(lower: Lower, source: str) -> str:
 
 def _base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode("ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLayer:
+    """A layer's option, read back. `file_system`: "tar" or "erofs"."""
+
+    path: Path
+    file_system: str
+
+
+def named_layers(options: Iterable[str]) -> list[NamedLayer]:
+    """Of a mount's options in either encoding, topmost first. Raises ValueError.
+
+    mount(8) and its helpers join options with commas, at which those of `plain` fall apart: the path comes first.
+    """
+    pieces = [piece for option in options for piece in option.split(",")]
+    prefix, found = "", []
+    for number, piece in enumerate(pieces):
+        name, _, value = piece.partition("=")
+        if name == f"{_OPTION}layer-src-prefix":
+            prefix = value
+        elif name == f"{_OPTION}layer":
+            fields = [value, *pieces[number + 1 : number + 2]]
+            if not value.startswith("/"):
+                fields = base64.b64decode(value, validate=True).decode().split(",")[:2]
+            if len(fields) < 2 or not fields[0]:
+                raise ValueError(f"option {piece!r} names no layer")
+            path = Path(prefix, fields[0])
+            if not path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"option {piece!r} has no path of a layer: {path}")
+            found.append(NamedLayer(path, fields[1]))
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.contracts import Lower, Mount, kata_tardev
+from snapshotter.contracts.kata_tardev import NamedLayer, named_layers
 from snapshotter.names import ChainID, chain_id
 from tests import kata_peer
 from tests.kata_peer import Refused
@@ -160,3 +161,30 @@ def test_a_chain_with_one_layer_twice_has_two_names() -> None:
     diff_id = "sha256:" + "1" * 64
     one = chain_id(None, diff_id)
     assert kata_tardev.layer_name(one) != kata_tardev.layer_name(chain_id(one, diff_id))
+
+
+# Read back, by the helper on the host
+
+
+def read_back(mount: Mount, joined: bool) -> list[NamedLayer]:
+    return named_layers([",".join(mount.options)] if joined else mount.options)
+
+
+@pytest.mark.parametrize("encoding", kata_tardev.ENCODINGS)
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined by mount.fuse3"])
+def test_layers_are_read_back_in_their_order(encoding: str, joined: bool) -> None:
+    stack = lowers(5)
+    for more in ((), ("ro", "dev", "suid"), ('context="a:b:c1,c2"',)):
+        mount = answer(stack, encoding)
+        found = read_back(replace(mount, options=(*mount.options, *more)), joined)
+        assert found == [NamedLayer(each.path, "tar") for each in stack]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["", "/l/a", "%%%", "bm90IGEgbGF5ZXI=", "L2wvLi4vYSx0YXI=", "/l/../a,tar", "YSx0YXI="],
+    ids=["nothing", "no type", "no base64", "one field", "upwards", "upwards, plain", "no prefix"],
+)
+def test_what_names_no_layer_is_refused(option: str) -> None:
+    with pytest.raises(ValueError):
+        named_layers([f"{kata_peer.OPTION}layer={option}"])
