@@ -45,6 +45,7 @@ CONFORMANCE_REFERENCE = CACHE / "go" / "conformance-reference"
 UVM_IMAGE = CACHE / "uvm"
 # After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
 RETRY_SECONDS = 10.0
+_TIMES_SAID = 3
 _PROGRAMS = (b"containerd-shim", b"docker-registry", b"tardev-snapshotter", b"blockdev.workers")
 
 
@@ -347,6 +348,20 @@ class Containerd(Server):
 
     def pull(self, reference: str, *, namespace: str = "") -> None:
         self.ctr("images", "pull", "--plain-http", "--snapshotter", SNAPSHOTTER, reference, namespace=namespace)
+
+    def says(self, *arguments: str | Path, namespace: str = "") -> str:
+        """Standard output of a command that has some. `ctr` ends as soon as its task does, on a busy machine without
+        having read what that said: then the command is given again."""
+        for _ in range(_TIMES_SAID):
+            if out := self.ctr(*arguments, namespace=namespace):
+                return out
+        return ""
+
+    def cat(self, image: str, name: str, path: str, namespace: str = "") -> str:
+        """A file, not an empty one, as a container of the image reads it."""
+        return self.says(
+            "run", "--rm", "--snapshotter", SNAPSHOTTER, image, name, "/bin/cat", path, namespace=namespace
+        )  # fmt: skip
 
     def run_container(self, image: str, name: str, *command: str, namespace: str = "") -> str:
         return self.ctr(

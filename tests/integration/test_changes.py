@@ -149,7 +149,7 @@ class TestContainers:
         with containerd.rootfs("committed1", tmp_path / "again") as root:
             assert differences(trees[0], tree(root)) == {}
             assert sorted(os.listdir(root / "tmp")) == ["inside"]
-            out = containerd.ctr(
+            out = containerd.says(
                 "run", "--rm", "--rootfs", root, name, "/bin/sh", "-c", "cat /etc/hello /etc/within /tmp/inside"
             )
         assert out == "overwrittenfrom within\nadded"

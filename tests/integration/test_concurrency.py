@@ -69,7 +69,7 @@ def test_fifty_pulls_at_once_build_each_layer_once(
     layers = daemon.tardevctl("layers")
     assert {layer["diff_id"] for layer in layers if layer["format"] != PARENTS_FORMAT} == distinct
     assert len(daemon.layer_files()) == len(layers)
-    out = containerd.run_container(references[1], "one", "/bin/cat", "/etc/hello", namespace=namespaces[-1])
+    out = containerd.cat(references[1], "one", "/etc/hello", namespace=namespaces[-1])
     assert out.strip() == "hello from layer 7"
     rows = daemon.tardevctl("snapshots")
     assert {row["kind"] for row in rows} == {"committed"}

@@ -104,7 +104,7 @@ def test_a_pull_and_a_run(node: Node, registry: Registry, images: Path) -> None:
     node.containerd.pull(pulled)
     layers = node.daemon.tardevctl("layers")
     assert [layer["diff_id"] for layer in layers] == promised(images, "hello")["diff_ids"]
-    assert node.containerd.run_container(pulled, "fragment", "/bin/cat", "/etc/hello").strip() == HELLO["hello"]
+    assert node.containerd.cat(pulled, "fragment", "/etc/hello").strip() == HELLO["hello"]
     # That the differ is asked, and not the other one in vain: here by the transfer service or the client.
     assert node.daemon.metric("tardev_rpc_seconds_count", method="Apply", code="OK") == int(node.containerd.has_differ)
 
@@ -125,7 +125,7 @@ def test_overlayfs_still_works(node: Node, registry: Registry, images: Path) -> 
     before = len(node.daemon.layer_files())
     pulled = registry.push(images / "hello-zstd.tar", "hello-zstd:fragment")
     node.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", pulled)
-    out = node.containerd.ctr(
+    out = node.containerd.says(
         "run", "--rm", "--snapshotter", "overlayfs", pulled, "overlayfs", "/bin/cat", "/etc/hello"
     )
     assert out.strip() == HELLO["hello-zstd"]

@@ -67,7 +67,7 @@ def import_image(containerd: Containerd, name: str, layers: Sequence[bytes], scr
 
 
 def run_in(containerd: Containerd, reference: str, name: str, script: str, *flags: str, snapshotter: str) -> str:
-    return containerd.ctr(
+    return containerd.says(
         "run", "--rm", "--snapshotter", snapshotter, *flags, reference, name, "/bin/sh", "-c",
         f"PATH=/bin; b() {{ busybox \"$@\"; }}; {script}",
     )  # fmt: skip

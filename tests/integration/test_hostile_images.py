@@ -38,7 +38,7 @@ def test_an_image_that_lists_anothers_diff_ids(node: Node, images: Path, tmp_pat
     with pytest.raises(ProcessFailed):
         node.containerd.run_container(reference("evil"), "evil", "/bin/true")
     node.containerd.import_image(images / "hello.tar")
-    out = node.containerd.run_container(reference("hello"), "good", "/bin/cat", "/etc/hello")
+    out = node.containerd.cat(reference("hello"), "good", "/etc/hello")
     assert out.strip() == HELLO["hello"]
     committed = [row for row in node.daemon.tardevctl("snapshots") if row["kind"] == "committed"]
     assert {row["diff_id"] for row in committed} == set(promised(images, "hello")["diff_ids"])
@@ -64,7 +64,7 @@ def test_a_rotten_blob_fails_and_a_good_one_then_works(node: Node, images: Path)
     containerd.ctr("images", "rm", "--sync", reference("hello"))
     wait_for("containerd drops the blob", lambda: not blob.exists())
     containerd.import_image(images / "hello.tar")
-    assert containerd.run_container(reference("hello"), "two", "/bin/cat", "/etc/hello").strip() == HELLO["hello"]
+    assert containerd.cat(reference("hello"), "two", "/etc/hello").strip() == HELLO["hello"]
 
 
 @pytest.mark.parametrize("what", ["gzip-cut", "tar-cut", "not-a-tar"])
@@ -81,20 +81,20 @@ def test_a_bad_layer_in_an_image(node: Node, images: Path, tmp_path: Path, what:
     assert not node.daemon.layer_files()
     wait_for("staging is empty", lambda: not node.daemon.staged())
     node.containerd.import_image(images / "hello.tar")
-    assert node.containerd.run_container(reference("hello"), "one", "/bin/cat", "/etc/hello").strip() == HELLO["hello"]
+    assert node.containerd.cat(reference("hello"), "one", "/etc/hello").strip() == HELLO["hello"]
     assert len(node.daemon.layer_files()) == 1
 
 
 def test_overlayfs_beside_us_still_works(node: Node, images: Path) -> None:
     """containerd asks our differ first about every snapshotter's layers."""
     node.containerd.ctr("images", "import", "--snapshotter", "overlayfs", images / "layers.tar")
-    out = node.containerd.ctr(
+    out = node.containerd.says(
         "run", "--rm", "--snapshotter", "overlayfs", reference("layers"), "one", "/bin/cat", "/etc/hello"
     )
     assert out.strip() == HELLO["layers"]
     if node.containerd.has_differ:
         node.containerd.ctr("images", "import", "--local", "--snapshotter", "overlayfs", images / "dup.tar")
-        out = node.containerd.ctr(
+        out = node.containerd.says(
             "run", "--rm", "--snapshotter", "overlayfs", reference("dup"), "two", "/bin/cat", "/etc/hello"
         )
         assert out.strip() == HELLO["dup"]
@@ -109,7 +109,7 @@ def test_the_content_api_serves_where_the_directory_does_not(later_node: Node, i
     node.daemon.restart()
     node.containerd.retry("snapshots", "--snapshotter", "tardev-host", "list")
     node.containerd.import_image(images / "layers-mixed.tar")
-    out = node.containerd.run_container(reference("layers-mixed"), "one", "/bin/cat", "/etc/hello")
+    out = node.containerd.cat(reference("layers-mixed"), "one", "/etc/hello")
     assert out.strip() == HELLO["layers-mixed"]
 
 

@@ -40,7 +40,7 @@ def shared_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def test_a_container_sees_the_promised_tree(shared_node: Node, images: Path, tmp_path: Path, name: str) -> None:
     containerd = shared_node.containerd
     containerd.import_image(images / f"{name}.tar")
-    output = containerd.run_container(reference(name), f"run-{name}", "/bin/cat", "/etc/hello")
+    output = containerd.cat(reference(name), f"run-{name}", "/etc/hello")
     assert output.strip() == HELLO[name]
     with containerd.rootfs(promised(images, name)["chain_ids"][-1], tmp_path / name) as rootfs:
         differences = check_tree(images / f"{name}.json", rootfs)
@@ -88,12 +88,12 @@ def test_pulls_that_share_layers_build_nothing(node: Node, registry: Registry, i
     hello = registry.push(images / "hello.tar", "hello:one")
     containerd.pull(hello)
     assert daemon.metric("tardev_builds_total") == 1
-    assert containerd.run_container(hello, "one", "/bin/cat", "/etc/hello").strip() == HELLO["hello"]
+    assert containerd.cat(hello, "one", "/etc/hello").strip() == HELLO["hello"]
 
     # another tag, another namespace
     containerd.pull(registry.push(images / "hello.tar", "hello:two"))
     containerd.pull(hello, namespace="other")
-    assert containerd.run_container(hello, "two", "/bin/cat", "/etc/hello", namespace="other").strip() == HELLO["hello"]
+    assert containerd.cat(hello, "two", "/etc/hello", namespace="other").strip() == HELLO["hello"]
     assert daemon.metric("tardev_builds_total") == 1
 
     # another image: its base is the first one's layer, the seven above are new
@@ -101,7 +101,7 @@ def test_pulls_that_share_layers_build_nothing(node: Node, registry: Registry, i
     assert promised(images, "layers")["diff_ids"][0] == promised(images, "hello")["diff_ids"][0]
     containerd.pull(layers)
     assert daemon.metric("tardev_builds_total") == 8
-    assert containerd.run_container(layers, "three", "/bin/cat", "/etc/hello").strip() == HELLO["layers"]
+    assert containerd.cat(layers, "three", "/etc/hello").strip() == HELLO["layers"]
     containerd.pull(layers, namespace="other")
     assert daemon.metric("tardev_builds_total", result="ok") == daemon.metric("tardev_builds_total") == 8
     assert daemon.metric("tardev_builds_cached_total") >= 1 + 7

@@ -140,7 +140,7 @@ def test_containerd_finds_the_user_of_an_image(tmp_path: Path, label: str, layer
     oci_archive(archive, reference, layers, PLAIN, diff_ids, {"User": "tester"})
     with a_node(tmp_path, label, named(layer_format)) as node:
         node.containerd.import_image(archive)
-        out = node.containerd.ctr(
+        out = node.containerd.says(
             "run", "--rm", "--read-only", "--snapshotter", SNAPSHOTTER, reference, "named", "/bin/busybox", "id", "-u"
         )
         assert out.strip() == "1234"

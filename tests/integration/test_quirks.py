@@ -102,7 +102,7 @@ def test_quirk_04_containerds_records_outlive_ours(node: Node, images: Path) -> 
         containerd.ctr("snapshots", "--snapshotter", SNAPSHOTTER, "prepare", "k", chain)
     containerd.ctr("images", "rm", "--sync", reference("hello"))
     containerd.import_image(images / "hello.tar")
-    assert containerd.run_container(reference("hello"), "q4", "/bin/cat", "/etc/hello").strip()
+    assert containerd.cat(reference("hello"), "q4", "/etc/hello").strip()
 
 
 def test_quirk_05_cleanup_beside_prepare_and_apply_of_the_same_content(api: Api) -> None:
@@ -296,7 +296,7 @@ def test_quirk_15_containerd_mounts_a_containers_snapshot_itself(node: Node, ima
     named = tmp_path / "named.tar"
     oci_archive(named, reference("named"), layers, f"{PLAIN}+gzip", diff_ids, {"User": "tester"})
     containerd.import_image(named)
-    out = containerd.run_container(reference("named"), "q15", "/bin/cat", "/proc/self/status")
+    out = containerd.cat(reference("named"), "q15", "/proc/self/status")
     ids = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.startswith(("Uid:", "Gid:"))}
     assert ids == {"Uid:": "1234", "Gid:": "56"}
 

@@ -107,7 +107,7 @@ def test_by_namespace_nobody_is_answered_from_anothers_bytes(later_node: Node, i
     # Who brings the blob himself gets the layer, and nothing is stored twice.
     files, builds = daemon.layer_files(), daemon.metric("tardev_builds_total")
     containerd.import_image(images / "hello.tar", namespace="two")
-    out = containerd.run_container(reference("hello"), "two", "/bin/cat", "/etc/hello", namespace="two")
+    out = containerd.cat(reference("hello"), "two", "/etc/hello", namespace="two")
     assert out.strip() == HELLO["hello"]
     assert (daemon.layer_files(), daemon.metric("tardev_builds_total")) == (files, builds)
 
@@ -288,11 +288,11 @@ def test_a_second_namespace_downloads_nothing_and_runs(later_node: Node, registr
     blobs = {layer["digest"] for layer in whole["layers"]}
     assert blobs <= set(containerd.ctr("content", "list", "-q", namespace="one").split())
     assert not blobs & set(containerd.ctr("content", "list", "-q", namespace="two").split())
-    out = containerd.run_container(image, "two", "/bin/cat", "/etc/hello", namespace="two")
+    out = containerd.cat(image, "two", "/etc/hello", namespace="two")
     assert out.strip() == HELLO["layers"]
     # Separate lives: the first one's end is not the second one's.
     containerd.ctr("images", "rm", "--sync", image, namespace="one")
-    out = containerd.run_container(image, "again", "/bin/cat", "/etc/hello", namespace="two")
+    out = containerd.cat(image, "again", "/etc/hello", namespace="two")
     assert out.strip() == HELLO["layers"]
     containerd.ctr("images", "rm", "--sync", image, namespace="two")
     wait_for("all snapshots go", lambda: not daemon.tardevctl("snapshots"))

@@ -936,7 +936,7 @@ def test_a_configuration_that_cannot_work_is_said_in_one_line(daemon: Daemon) ->
     good = daemon.config.read_text()
     for bad, word in (
         (good + "[cash]\n", "cache"),
-        (good + '[snapshotters.x]\ncontract = "kata-tardev"\nformat = "tar-index"\n', "kata-tardev"),
+        (good + '[snapshotters.x]\ncontract = "kata-erofs"\nformat = "tar-index"\n', "kata-erofs"),
         (good.replace(str(daemon.root), "/proc/no"), "/proc/no"),
         (good.replace(f"127.0.0.1:{daemon.metrics_port}", "nowhere"), "metrics.address"),
     ):
