@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
@@ -15,15 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from blockdev.errors import KernelError
+from blockdev.kernel import tree
 
-# The numbers of every architecture (Linux: include/uapi/asm-generic/unistd.h).
-_SYS_OPEN_TREE: Final = 428
-_SYS_MOVE_MOUNT: Final = 429
+# The number of every architecture (Linux: include/uapi/asm-generic/unistd.h).
 _SYS_MOUNT_SETATTR: Final = 442
 # Linux: include/uapi/linux/mount.h, fcntl.h
-_OPEN_TREE_CLONE: Final = 0x1
-_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
-_AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
 _MOUNT_ATTR_IDMAP: Final = 0x100000
 # struct mount_attr: u64 attr_set, attr_clr, propagation, userns_fd
@@ -38,9 +33,6 @@ if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):
 os.write(1, b"x")
 os.read(0, 1)
 """
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 @contextmanager
@@ -80,13 +72,13 @@ def user_namespace(uid_map: str, gid_map: str) -> Iterator[int]:
 
 def mount_mapped(source: Path, target: Path, user_namespace_fd: int) -> None:
     """What is mounted at `source` once more at `target`, its owners mapped. Raises KernelError."""
-    tree = mapped_tree(source, user_namespace_fd)
+    mapped = mapped_tree(source, user_namespace_fd)
     try:
-        _call(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        tree.move(mapped, target)
     except OSError as error:
         raise KernelError(f"{source} with mapped IDs at {target}: {error.strerror}") from None
     finally:
-        os.close(tree)
+        os.close(mapped)
 
 
 def mapped_tree(source: Path, user_namespace_fd: int) -> int:
@@ -96,25 +88,15 @@ def mapped_tree(source: Path, user_namespace_fd: int) -> int:
     too; an ID that is not in the map shows as 65534. Raises KernelError.
     """
     try:
-        tree = _call(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+        mapped = tree.clone(source)
         try:
             attr = _MOUNT_ATTR.pack(_MOUNT_ATTR_IDMAP, 0, 0, user_namespace_fd)
-            _call(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, len(attr))
+            tree.call(_SYS_MOUNT_SETATTR, mapped, b"", _AT_EMPTY_PATH, attr, len(attr))
         except BaseException:
-            os.close(tree)
+            os.close(mapped)
             raise
-        return tree
+        return mapped
     except OSError as error:
         unable = error.errno in (errno.EINVAL, errno.ENOSYS)
         hint = "; this kernel may be too old to map the IDs of such a mount" if unable else ""
         raise KernelError(f"{source} with mapped IDs: {error.strerror}{hint}") from None
-
-
-def _call(number: int, *arguments: int | bytes) -> int:
-    """Raises OSError."""
-    wide = [ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments]
-    result = int(_libc.syscall(ctypes.c_long(number), *wide))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result

@@ -14,20 +14,15 @@ from pathlib import Path
 from typing import Final
 
 from blockdev.errors import KernelError
+from blockdev.kernel import tree
 
-# Linux: include/uapi/linux/mount.h, sched.h; numbers of every architecture (include/uapi/asm-generic/unistd.h)
-_SYS_OPEN_TREE: Final = 428
-_SYS_MOVE_MOUNT: Final = 429
-_OPEN_TREE_CLONE: Final = 0x1
-_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
-_AT_FDCWD: Final = -100
+# Linux: include/uapi/linux/mount.h, sched.h
 _CLONE_NEWNS: Final = 0x20000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 0x1, 0x2, 0x4
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 _READ_ONLY: Final = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 MountLayer = Callable[[Path], None]  # mounts a layer at an empty directory
 
@@ -42,18 +37,17 @@ def mount_stack(layers: Sequence[MountLayer], target: Path) -> None:
     try:
         _check(_libc.unshare(_CLONE_NEWNS), "a mount namespace")
         try:
-            tree = _stacked(layers, target)
+            stack = _stacked(layers, target)
         finally:
             _check(_libc.setns(outside, _CLONE_NEWNS), "the mount namespace of before")
     finally:
         os.close(outside)
     try:
-        _check(
-            _syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH),
-            f"mount at {target}",
-        )
+        tree.move(stack, target)
+    except OSError as error:
+        raise KernelError(f"mount at {target}: {error.strerror}") from None
     finally:
-        os.close(tree)
+        os.close(stack)
 
 
 def _stacked(layers: Sequence[MountLayer], place: Path) -> int:
@@ -72,8 +66,10 @@ def _stacked(layers: Sequence[MountLayer], place: Path) -> int:
         os.mkdir(top, 0o700)
         options = f"index=off,redirect_dir=off,metacopy=off,lowerdir={':'.join(names)}"
         _mount("overlay", top, "overlay", _READ_ONLY, options)
-    tree = _syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(top), _OPEN_TREE_CLONE | os.O_CLOEXEC)
-    return _check(tree, "the stack")
+    try:
+        return tree.clone(top)
+    except OSError as error:
+        raise KernelError(f"the stack: {error.strerror}") from None
 
 
 def _mount(source: str, target: str, fs_type: str, flags: int, data: str = "") -> None:
@@ -81,13 +77,7 @@ def _mount(source: str, target: str, fs_type: str, flags: int, data: str = "") -
     _check(_libc.mount(*arguments, data.encode() if data else None), f"mount of {source} at {target}")
 
 
-def _syscall(number: int, *arguments: int | bytes) -> int:
-    wide = [ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments]
-    return int(_libc.syscall(ctypes.c_long(number), *wide))
-
-
-def _check(result: int, what: str) -> int:
+def _check(result: int, what: str) -> None:
     """Raises KernelError."""
     if result < 0:
         raise KernelError(f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
