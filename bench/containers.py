@@ -56,7 +56,7 @@ def _layer(root: Path, text: str) -> BuildRecord:
     (directory / digest.hex()).write_bytes(b"".join(heads) + bytes(body))
     return BuildRecord(
         _FORMAT, f"sha256:{digest.hex()}", built.root_hash.hex(), built.tar_size_bytes, built.data_size_bytes,
-        built.tree_size_bytes, built.file_size_bytes, built.entries, f"sha256:{digest.hex()}", len(data), {}, {},
+        built.tree_size_bytes, built.file_size_bytes, built.entries, {}, f"sha256:{digest.hex()}", len(data), {},
     )  # fmt: skip
 
 

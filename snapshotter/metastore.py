@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, Final, NewType, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
 
-from blockdev.workers.launch import BuildRecord
+from blockdev.workers.launch import BuildRecord, LayerRecord
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -169,29 +169,6 @@ class Snapshot:
     def has_directory(self) -> bool:
         """Whether it has bytes or mounts of its own; a committed snapshot and most views of layers have none."""
         return self.kind is Kind.ACTIVE or (self.kind is Kind.VIEW and (not self.parent_id or UID_LABEL in self.labels))
-
-
-class BuiltFile(Protocol):
-    """What is said of a finished layer file, in the words of Layer."""
-
-    @property
-    def format(self) -> str: ...
-    @property
-    def diff_id(self) -> str: ...
-    @property
-    def root_hash(self) -> str: ...
-    @property
-    def tar_size_bytes(self) -> int: ...
-    @property
-    def data_size_bytes(self) -> int: ...
-    @property
-    def tree_size_bytes(self) -> int: ...
-    @property
-    def file_size_bytes(self) -> int: ...
-    @property
-    def entries(self) -> int: ...
-    @property
-    def warnings(self) -> dict[str, int]: ...
 
 
 _LAYER: Final = (
@@ -520,7 +497,7 @@ class _Database:
         )
         return self.publish_layer(record, build_seconds)
 
-    def publish_layer(self, record: BuiltFile, build_seconds: float) -> Layer:
+    def publish_layer(self, record: LayerRecord, build_seconds: float) -> Layer:
         values = (
             record.diff_id, record.format, record.root_hash, record.tar_size_bytes, record.data_size_bytes,
             record.tree_size_bytes, record.file_size_bytes, record.entries, _json(record.warnings), LayerState.READY,
@@ -736,7 +713,7 @@ class Metastore:
         """The layer READY and the mapping from its blob, in one transaction. Raises Internal."""
         return await self._run(_Database.publish, record, compression, build_seconds)
 
-    async def publish_layer(self, record: BuiltFile, build_seconds: float) -> Layer:
+    async def publish_layer(self, record: LayerRecord, build_seconds: float) -> Layer:
         """As `publish`, of a layer that no blob leads to. Raises Internal."""
         return await self._run(_Database.publish_layer, record, build_seconds)
 

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -26,6 +25,7 @@ from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, PARENTS_FORMAT
 from blockdev.formats.layer_writer import LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.formats.parents import Carried, Cursor
+from blockdev.workers.launch import LayerRecord
 from snapshotter.activation import BrokenLayer
 from snapshotter.builder import Builder
 from snapshotter.errors import Internal, translate
@@ -51,19 +51,6 @@ class BrokenTable(BrokenLayer):
     def __init__(self, layer: Layer, why: str) -> None:
         super().__init__(layer, why)
         self.args = (f"layer {layer.diff_id}: its directory table: {why}; pull the image again",)
-
-
-@dataclass(frozen=True, slots=True)
-class _Built:
-    format: str
-    diff_id: str
-    root_hash: str
-    tar_size_bytes: int
-    data_size_bytes: int
-    tree_size_bytes: int
-    file_size_bytes: int
-    entries: int
-    warnings: dict[str, int]
 
 
 class Parents:
@@ -178,7 +165,7 @@ class Parents:
     async def _contradiction(self, layer: Layer) -> str:
         return await asyncio.to_thread(self._store.contradiction, layer)
 
-    async def _publish(self, staged: Staged, built: _Built, started: float) -> Layer:
+    async def _publish(self, staged: Staged, built: LayerRecord, started: float) -> Layer:
         await asyncio.to_thread(self._store.publish, staged, built.diff_id, built.format)
         trace("parents.published")
         layer = await self._metastore.publish_layer(built, time.monotonic() - started)
@@ -283,7 +270,7 @@ def _carried_by(files: _Files, layers: Sequence[Layer]) -> Carried | None:
     return carried
 
 
-def _build(staged: Staged, table: bytes) -> _Built:
+def _build(staged: Staged, table: bytes) -> LayerRecord:
     """The layer file, into the staged one. Raises OSError."""
     offset = HEAD_BYTES
 
@@ -304,7 +291,7 @@ def _build(staged: Staged, table: bytes) -> _Built:
     )
     writer.feed(table)
     built = writer.finish(hashlib.sha256(table).digest())
-    return _Built(
+    return LayerRecord(
         built.format, "sha256:" + built.diff_id.hex(), built.root_hash.hex(), built.tar_size_bytes,
         built.data_size_bytes, built.tree_size_bytes, built.file_size_bytes, built.entries, built.warnings,
     )  # fmt: skip

@@ -69,11 +69,8 @@ class BuildRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildRecord:
-    """A finished layer file, durable but not yet in its place. Sizes in bytes, hashes in hexadecimal.
-
-    `sandbox`: by process, the protections that were in force (`sandbox.PROTECTIONS`).
-    """
+class LayerRecord:
+    """A finished layer file, durable but not yet in its place. Sizes in bytes, hashes in hexadecimal."""
 
     format: str
     diff_id: str  # with "sha256:"
@@ -83,9 +80,16 @@ class BuildRecord:
     tree_size_bytes: int
     file_size_bytes: int
     entries: int
+    warnings: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRecord(LayerRecord):
+    """One that was built from a blob. `sandbox`: by process, the protections that were in force
+    (`sandbox.PROTECTIONS`)."""
+
     blob_digest: str
     blob_size_bytes: int
-    warnings: dict[str, int]
     usage: dict[str, dict[str, float]]
     sandbox: dict[str, list[str]] = field(default_factory=dict)
 

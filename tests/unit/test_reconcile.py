@@ -159,7 +159,7 @@ def layer_file(name: str) -> tuple[BuildRecord, bytes]:
     diff_id = "sha256:" + built.diff_id.hex()
     record = BuildRecord(
         FORMAT, diff_id, built.root_hash.hex(), built.tar_size_bytes, built.data_size_bytes, built.tree_size_bytes,
-        built.file_size_bytes, built.entries, digest("b"), 1, {}, {},
+        built.file_size_bytes, built.entries, {}, digest("b"), 1, {},
     )  # fmt: skip
     return record, data
 
