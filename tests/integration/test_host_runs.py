@@ -264,7 +264,9 @@ def test_a_container_in_a_user_namespace_owns_its_image(open_directory: Path) ->
             "run", "--detach", "--snapshotter", SNAPSHOTTER, *mapped, image, "stays", "/bin/sh", "-c",
             "cd /; busybox touch new; busybox chown 5:6 new; busybox chmod 600 /suid-of-5; busybox sleep 1000",
         )  # fmt: skip
-        (upper,) = (daemon.root / "snapshots").glob("*/fs")
+        uppers = (daemon.root / "snapshots").glob
+        wait_for("the collector has taken those of the containers before it", lambda: len(list(uppers("*/fs"))) == 1)
+        (upper,) = uppers("*/fs")
         wait_for("it has written", lambda: (upper / "suid-of-5").exists())
         found = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in (upper, *upper.iterdir())}
         assert found["fs"] == (100000, 200000)
