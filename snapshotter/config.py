@@ -136,6 +136,12 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def of_the_node(path: Path | None) -> Config:
+    """That of a file; without one of the usual file, where it exists. Raises ConfigError."""
+    path = path or (DEFAULT_PATH if DEFAULT_PATH.exists() else None)
+    return load(path) if path else Config()
+
+
 def parse(text: str) -> Config:
     """Raises ConfigError: not TOML, a wrong type, an unknown key (with the nearest known one), a bad value."""
     try:

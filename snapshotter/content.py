@@ -26,8 +26,8 @@ from snapshotter.errors import InvalidArgument, NotFound, SnapshotterError, Unav
 from snapshotter.names import ChainID, chain_id, is_digest, namespace_of
 
 # containerd's own bound for what it reads whole (core/images: "manifest too large").
-_DOCUMENT_BYTES_MAX: Final = 8 << 20
-_LAYERS_MAX: Final = 1000
+DOCUMENT_BYTES_MAX: Final = 8 << 20
+LAYERS_MAX: Final = 1000
 _TEXT_MAX: Final = 255
 _INDEX_BYTES_MAX: Final = 64 << 20
 _CALL_SECONDS: Final = 10.0
@@ -74,7 +74,9 @@ class Blob:
     media_type: str
 
 
-class _Descriptor(msgspec.Struct, rename="camel"):
+class Descriptor(msgspec.Struct, rename="camel"):
+    """OCI image specification: descriptor.md."""
+
     digest: str
     size: int
     media_type: str = ""
@@ -87,8 +89,8 @@ class _Rootfs(msgspec.Struct):
 class _Document(msgspec.Struct):
     """A manifest has `config` and `layers`, a config has `rootfs`; others have neither."""
 
-    config: _Descriptor | None = None
-    layers: list[_Descriptor] | None = None
+    config: Descriptor | None = None
+    layers: list[Descriptor] | None = None
     rootfs: _Rootfs | None = None
 
 
@@ -156,10 +158,10 @@ class ChainIndex:
             fd = os.open(self._blobs / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 status = os.fstat(fd)
-                if stat.S_ISREG(status.st_mode) and status.st_size <= _DOCUMENT_BYTES_MAX:
+                if stat.S_ISREG(status.st_mode) and status.st_size <= DOCUMENT_BYTES_MAX:
                     head = os.pread(fd, 64, 0)
                     if head.lstrip().startswith(b"{"):
-                        return os.pread(fd, _DOCUMENT_BYTES_MAX, 0)
+                        return os.pread(fd, DOCUMENT_BYTES_MAX, 0)
             finally:
                 os.close(fd)
         return None
@@ -236,15 +238,16 @@ class _Claim:
 def _parse(text: bytes) -> _Claim | tuple[str, ...] | None:
     with suppress(msgspec.DecodeError, UnicodeError, RecursionError):
         diff_ids = _decode_config.decode(text).rootfs.diff_ids
-        return tuple(diff_ids) if len(diff_ids) <= _LAYERS_MAX and all(map(is_digest, diff_ids)) else None
+        return tuple(diff_ids) if len(diff_ids) <= LAYERS_MAX and all(map(is_digest, diff_ids)) else None
     with suppress(msgspec.DecodeError, UnicodeError, RecursionError):
         document = _decode_manifest.decode(text)
-        if document.config and document.layers and len(document.layers) <= _LAYERS_MAX:
-            return _Claim(document.config.digest[:_TEXT_MAX], tuple(map(_blob, document.layers)))
+        if document.config and document.layers and len(document.layers) <= LAYERS_MAX:
+            return _Claim(document.config.digest[:_TEXT_MAX], tuple(map(blob_of, document.layers)))
     return None
 
 
-def _blob(layer: _Descriptor) -> Blob | None:
+def blob_of(layer: Descriptor) -> Blob | None:
+    """None where the descriptor's words are none of a blob."""
     if is_digest(layer.digest) and 0 < layer.size < 1 << 63 and len(layer.media_type) <= _TEXT_MAX:
         return Blob(layer.digest, layer.size, layer.media_type)
     return None
@@ -256,7 +259,8 @@ def _size_of(document: _Claim | tuple[str, ...]) -> int:
 
 
 class Content:
-    """`directory`: containerd's content store. `address`: its socket, for what is not a file there."""
+    """`directory`: containerd's content store, or an OCI image layout, which looks the same. `address`: containerd's
+    socket, for what is not a file there; "" where nobody else has it."""
 
     def __init__(self, directory: Path, address: str) -> None:
         self._blobs = directory / "blobs" / "sha256"
@@ -321,6 +325,8 @@ class Content:
         try:
             fd = os.open(self._path(blob.digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
+            if not self._address:
+                raise NotFound(f"blob {blob.digest} is not in {self._blobs}") from None
             async with self._stream(blob, caller) as fd:
                 yield fd
             return

@@ -195,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=VERSION)
     options = parser.parse_args(arguments)
     try:
-        path = options.config or (config.DEFAULT_PATH if config.DEFAULT_PATH.exists() else None)
-        settings = config.load(path) if path else Config()
+        settings = config.of_the_node(options.config)
         log.set_up(settings.log.level)
         if os.geteuid() != 0:
             raise ConfigError("must run as root: it mounts layers and serves containerd")

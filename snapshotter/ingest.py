@@ -12,7 +12,6 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import grpc
@@ -20,17 +19,10 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from blockdev.errors import BuildFailed
 from blockdev.workers.archive import Archive, ArchiveRecord
-from snapshotter.api.proto import content_pb2, content_pb2_grpc, leases_pb2, leases_pb2_grpc
+from snapshotter.api.proto import content_pb2, content_pb2_grpc
+from snapshotter.containerd import CALL_SECONDS, Leases, refused
 from snapshotter.content import Blob, Caller, Content
-from snapshotter.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    ResourceExhausted,
-    SnapshotterError,
-    Unavailable,
-)
+from snapshotter.errors import AlreadyExists, SnapshotterError, Unavailable
 from snapshotter.log import get_logger
 from snapshotter.tasks import to_the_end
 
@@ -38,12 +30,7 @@ from snapshotter.tasks import to_the_end
 UNCOMPRESSED: Final = "containerd.io/uncompressed"
 # A message may have 16 MiB (containerd: defaults).
 _PIECE_BYTES: Final = 1 << 20
-_CALL_SECONDS: Final = 10.0
-_EXPIRES: Final = "containerd.io/gc.expire"
 _LEASE_SECONDS: Final = 3600
-_FAMILY: Final = {
-    kind.code: kind for kind in (AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted)
-}
 
 
 async def ingest(
@@ -63,9 +50,9 @@ class _Stubs:
     """containerd's services, for one caller."""
 
     def __init__(self, content: Content, caller: Caller) -> None:
-        self._channel, self._caller = content.channel(), caller
-        self.content = content_pb2_grpc.ContentStub(self._channel)  # type: ignore[no-untyped-call]
-        self._leases = leases_pb2_grpc.LeasesStub(self._channel)  # type: ignore[no-untyped-call]
+        self._caller = caller
+        self.content = content_pb2_grpc.ContentStub(content.channel())  # type: ignore[no-untyped-call]
+        self._leases = Leases(content.channel(), caller)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return self._caller.metadata()
@@ -80,34 +67,18 @@ class _Stubs:
         if self._caller.lease:
             yield
             return
-        name, metadata = _own_name(), self.metadata()
-        until = datetime.now(UTC) + timedelta(seconds=_LEASE_SECONDS)
-        request = leases_pb2.CreateRequest(id=name, labels={_EXPIRES: until.strftime("%Y-%m-%dT%H:%M:%SZ")})
-        try:
-            await self._leases.Create(request, metadata=metadata, timeout=_CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise _of(error.code(), error.details() or "") from None
+        name = _own_name()
+        await self._leases.create(name, _LEASE_SECONDS)
         self._caller = replace(self._caller, lease=name)
         try:
             yield
         except BaseException:
-            await to_the_end(self._give_back(name, metadata))
+            await to_the_end(self._leases.delete(name))
             raise
 
     async def take(self, blob: Blob) -> None:
         """Into the lease, one that somebody else wrote. Raises SnapshotterError."""
-        resource = leases_pb2.Resource(id=blob.digest, type="content")
-        request = leases_pb2.AddResourceRequest(id=self._caller.lease, resource=resource)
-        try:
-            await self._leases.AddResource(request, metadata=self.metadata(), timeout=_CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise _of(error.code(), error.details() or "") from None
-
-    async def _give_back(self, name: str, metadata: tuple[tuple[str, str], ...]) -> None:
-        try:
-            await self._leases.Delete(leases_pb2.DeleteRequest(id=name), metadata=metadata, timeout=_CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            get_logger().warning("a lease stays until it expires", lease=name, error=error.details())
+        await self._leases.add_content(self._caller.lease, blob.digest)
 
 
 def _own_name() -> str:
@@ -119,7 +90,7 @@ async def _ingest(stubs: _Stubs, archive: Archive, ref: str, labels: Mapping[str
     try:
         # Takes the ref's lock. What may lie there from before goes with the first write, which is at 0.
         await asyncio.wait_for(
-            _exchange(call, content_pb2.WriteContentRequest(action=content_pb2.STAT, ref=ref)), _CALL_SECONDS
+            _exchange(call, content_pb2.WriteContentRequest(action=content_pb2.STAT, ref=ref)), CALL_SECONDS
         )
         try:
             record = await _write(call, archive)
@@ -169,15 +140,15 @@ async def _label(stubs: _Stubs, blob: Blob, diff_id: str) -> None:
     info = content_pb2.Info(digest=blob.digest, labels={UNCOMPRESSED: diff_id})
     request = content_pb2.UpdateRequest(info=info, update_mask=FieldMask(paths=[f"labels.{UNCOMPRESSED}"]))
     try:
-        await stubs.content.Update(request, metadata=stubs.metadata(), timeout=_CALL_SECONDS)
+        await stubs.content.Update(request, metadata=stubs.metadata(), timeout=CALL_SECONDS)
     except grpc.aio.AioRpcError as error:
-        raise _of(error.code(), error.details() or "") from None
+        raise _of(error.code(), error.details()) from None
 
 
 async def _abort(stubs: _Stubs, ref: str) -> None:
     """What cannot be aborted, containerd collects itself, a day later."""
     try:
-        await stubs.content.Abort(content_pb2.AbortRequest(ref=ref), metadata=stubs.metadata(), timeout=_CALL_SECONDS)
+        await stubs.content.Abort(content_pb2.AbortRequest(ref=ref), metadata=stubs.metadata(), timeout=CALL_SECONDS)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.NOT_FOUND:
             get_logger().warning("an ingest stays in containerd's content store", ref=ref, error=error.details())
@@ -190,14 +161,14 @@ async def _exchange(call: Any, request: content_pb2.WriteContentRequest) -> cont
     except asyncio.InvalidStateError:  # it has ended, which the call itself tells
         reply = grpc.aio.EOF
     except grpc.aio.AioRpcError as error:
-        raise _of(error.code(), error.details() or "") from None
+        raise _of(error.code(), error.details()) from None
     if reply is grpc.aio.EOF:
         raise _of(await call.code(), await call.details() or "the stream ended")
     return reply  # type: ignore[no-any-return]
 
 
-def _of(code: grpc.StatusCode, details: str) -> SnapshotterError:
-    return _FAMILY.get(code, Unavailable)(f"containerd's content store: {details}")
+def _of(code: grpc.StatusCode, details: str | None) -> SnapshotterError:
+    return refused("content store", code, details)
 
 
 async def _pieces(fd: int) -> AsyncIterator[bytes]:

@@ -85,6 +85,13 @@ class Parents:
         self._known[key] = made.id if made is not None else None
         return self._known[key]
 
+    async def of_layers(self, layers: Sequence[Layer]) -> Layer | None:
+        """What goes on top of a chain that has no snapshots, `layers` with the first one first. Raises as `of`."""
+        if any(layer.format not in _FORMATS for layer in layers):
+            return None
+        table = await self._run(lambda files: _packed(_carried_by(files, layers)))
+        return await self._stored(table) if table else None
+
     async def again(self, snapshot: Snapshot) -> None:
         """Make the lost parents layer of a committed snapshot once more, from all of its layers.
 

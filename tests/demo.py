@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`./dev demo`: the main job with real parts. Two images that share layers go from a registry through containerd
-and us into containers; the table shows what was built. Nothing of it is left on the machine."""
+and us into containers, on the host and in a virtual machine that verifies every block; the tables show what was built
+and what the guest says of it. Nothing of it is left on the machine."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import argparse
 import contextlib
 import json
 import os
+import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from blockdev.formats.layer_file import PARENTS_FORMAT
+from snapshotter.cli import uvm_commands
 from tests.harness import (
+    BIN,
     SNAPSHOTTER,
     Containerd,
     Daemon,
@@ -33,8 +38,15 @@ from tests.harness import (
     wait_for,
 )
 
+# The name whose layers are for VMs; SNAPSHOTTER's are for runc. Both have the same layer files.
+FOR_VMS = "tardev"
+NAMES = "".join(
+    f'[snapshotters.{name}]\ncontract = "{contract}"\nformat = "tar-index"\n'
+    for name, contract in ((SNAPSHOTTER, "host"), (FOR_VMS, "kata-tardev"))
+)
 # What /etc/hello holds in each; both stand on the same base layer.
 IMAGES = {"hello": "hello from a tar layer", "layers": "hello from layer 7"}
+UVM_SECONDS = 300  # where no processor helps, and others are busy
 # A pipe has no width: nothing may be cut there.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -85,12 +97,12 @@ def main_job(directory: Path, release: Release, stack: contextlib.ExitStack) -> 
         stack.callback(registry.stop)
         registry.start()
         root = directory / "containerd"
-        daemon = Daemon(directory / "daemon", root / "root", containerd_socket=str(root / "c.sock"))
+        daemon = Daemon(directory / "daemon", root / "root", NAMES, containerd_socket=str(root / "c.sock"))
         stack.callback(daemon.clean_up)
         daemon.start()
         # Of its own, so that what runc keeps under /run/containerd can be told from others' and removed.
         namespace = f"tardev-demo-{os.getpid()}"
-        containerd = Containerd(release, root, daemon.address, namespace)
+        containerd = Containerd(release, root, daemon.address, namespace, snapshotters=(SNAPSHOTTER, FOR_VMS))
         stack.callback(remove_container_state, namespace)
         stack.callback(containerd.clean_up)
         containerd.start()
@@ -128,11 +140,43 @@ def main_job(directory: Path, release: Release, stack: contextlib.ExitStack) -> 
     if {layer["diff_id"] for layer in layers if layer["format"] != PARENTS_FORMAT} != set(users):
         raise DemoFailed("the layers are not those that the images promise")
 
+    if platform.machine() == "x86_64":
+        in_a_vm(daemon, containerd, references["layers"])
+    else:
+        console.print("• the virtual machine is left out: the reference UVM is for x86_64")
+
     with step("removes the images: snapshots and mounts go"):
         for image in containerd.ctr("images", "list", "-q").split():
             containerd.ctr("images", "rm", "--sync", image)
         wait_for("every snapshot is removed", lambda: not daemon.tardevctl("snapshots"))
         wait_for("every mount is released", lambda: not daemon.mounts())
+
+
+def in_a_vm(daemon: Daemon, containerd: Containerd, reference: str) -> None:
+    before = built(daemon)
+    with step(f"pulls {reference} for virtual machines: its layer files are here"):
+        containerd.pull(reference, snapshotter=FOR_VMS)
+    if built(daemon) != before:
+        raise DemoFailed("a stored layer was built again")
+    command = (reference, "--", "cat", "/etc/hello")
+    with step("boots a virtual machine, plugs each layer file as a read-only disk, runs cat /etc/hello there"):
+        status, said, aside = uvm_run(daemon, containerd, *command)
+    console.print(f"  {said.strip()}\n\n{aside}", soft_wrap=True)
+    if (status, said.strip()) != (0, IMAGES["layers"]):
+        raise DemoFailed(f"expected {IMAGES['layers']!r} and status 0, not {status}")
+    with step("the same with one bit of the topmost layer changed"):
+        status, said, aside = uvm_run(daemon, containerd, "--tamper", *command)
+    console.print(f"  {aside.splitlines()[-1]}; exit status {status}", soft_wrap=True)
+    if status != uvm_commands.NOT_RUN or said:
+        raise DemoFailed("the guest did not refuse a changed layer")
+
+
+def uvm_run(daemon: Daemon, containerd: Containerd, *arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [BIN / "tardevctl", "uvm", "run", "--config", daemon.config, "--namespace", containerd.namespace, *arguments],
+        capture_output=True, text=True, timeout=UVM_SECONDS, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
 def main() -> None:

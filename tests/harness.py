@@ -277,6 +277,7 @@ class Containerd(Server):
     daemon_address: Path
     namespace: str = "default"
     name: str = "containerd"
+    snapshotters: tuple[str, ...] = (SNAPSHOTTER,)  # of our daemon
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -299,14 +300,18 @@ class Containerd(Server):
             # where / is no mount point, as in a chroot, this one keeps half of containerd from loading
             " 'io.containerd.snapshotter.v1.btrfs']\n"
             f"[grpc]\naddress = '{self.address}'\n[ttrpc]\naddress = '{self.address}.ttrpc'\n"
-            f"[proxy_plugins.{SNAPSHOTTER}]\ntype = 'snapshot'\naddress = '{self.daemon_address}'\n"
         )
+        for snapshotter in self.snapshotters:
+            text += f"[proxy_plugins.{snapshotter}]\ntype = 'snapshot'\naddress = '{self.daemon_address}'\n"
         if self.has_differ:
             text += (
                 f"[proxy_plugins.tardev-diff]\ntype = 'diff'\naddress = '{self.daemon_address}'\n"
                 "[plugins.'io.containerd.service.v1.diff-service']\ndefault = ['tardev-diff', 'walking']\n"
             )
-            for snapshotter, differ in ((SNAPSHOTTER, "tardev-diff"), ("overlayfs", "walking")):
+            for snapshotter, differ in (
+                *((name, "tardev-diff") for name in self.snapshotters),
+                ("overlayfs", "walking"),
+            ):
                 text += (
                     "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = 'linux/amd64'\n"
                     f"snapshotter = '{snapshotter}'\ndiffer = '{differ}'\n"
@@ -346,8 +351,8 @@ class Containerd(Server):
     def import_image(self, archive: Path, *flags: str, namespace: str = "") -> None:
         self.ctr("images", "import", *flags, "--snapshotter", SNAPSHOTTER, archive, namespace=namespace)
 
-    def pull(self, reference: str, *, namespace: str = "") -> None:
-        self.ctr("images", "pull", "--plain-http", "--snapshotter", SNAPSHOTTER, reference, namespace=namespace)
+    def pull(self, reference: str, *, namespace: str = "", snapshotter: str = SNAPSHOTTER) -> None:
+        self.ctr("images", "pull", "--plain-http", "--snapshotter", snapshotter, reference, namespace=namespace)
 
     def says(self, *arguments: str | Path, namespace: str = "") -> str:
         """Standard output of a command that has some. `ctr` ends as soon as its task does, on a busy machine without

@@ -85,13 +85,16 @@ async def run(
     layers: Sequence[tuple[PolicyLayer, Path]],
     process: Process,
     *,
-    timeout_s: float = TIMEOUT_SECONDS,
+    memory_mib: int = MEMORY_MIB,
+    timeout_s: float | None = TIMEOUT_SECONDS,
     on_output: Callable[[Kind, bytes], None] | None = None,
 ) -> Result:
     """Run one process on the layers, top first. A refusal is a Result. Raises PolicyError, MachineError, ImageError."""
     policy = Policy([layer for layer, _ in layers], process)
     disks = [Disk(layer.name, path) for layer, path in layers]
-    return await run_policy(image, policy.text(), disks, timeout_s=timeout_s, on_output=on_output)
+    return await run_policy(
+        image, policy.text(), disks, memory_mib=memory_mib, timeout_s=timeout_s, on_output=on_output
+    )
 
 
 async def run_policy(
@@ -102,7 +105,7 @@ async def run_policy(
     command_line: str | None = None,
     hot_plug: bool = True,
     memory_mib: int = MEMORY_MIB,
-    timeout_s: float = TIMEOUT_SECONDS,
+    timeout_s: float | None = TIMEOUT_SECONDS,
     on_output: Callable[[Kind, bytes], None] | None = None,
 ) -> Result:
     """The same with policy and disks apart, as a host would have it that shows other disks than the policy names, or

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tardevctl`. Exit status: 0 done; 1 refused or failed, the reason on standard error; 2 wrong usage.
 
-`layer diff` has those of diff(1): 0 equal, 1 different, 2 trouble.
+`layer diff` has those of diff(1): 0 equal, 1 different, 2 trouble. `uvm run` has those of the command, and 125 where
+it was not run.
 """
 
 from __future__ import annotations
@@ -10,25 +11,22 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from snapshotter import config, metastore
-from snapshotter.cli import layer_commands
-from snapshotter.cli.output import AsJSON, reported, rows
+from snapshotter.cli import layer_commands, uvm_commands
+from snapshotter.cli.output import AsJSON, ConfigFile, reported, rows
 from snapshotter.metastore import Layer, Snapshot
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(layer_commands.app, name="layer")
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="The daemon's configuration file.")]
+app.add_typer(uvm_commands.app, name="uvm")
 
 
 def _database(path: Path | None) -> Path:
-    chosen = path or (config.DEFAULT_PATH if config.DEFAULT_PATH.exists() else None)
-    settings = config.load(chosen) if chosen else config.Config()
-    return Path(settings.root) / metastore.FILE_NAME
+    return Path(config.of_the_node(path).root) / metastore.FILE_NAME
 
 
 @app.command()

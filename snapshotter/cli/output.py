@@ -9,25 +9,28 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Annotated, Any, Final, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Final, ParamSpec, TextIO, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from blockdev.errors import BlockdevError
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
+from uvm.errors import UVMError
 from verity.errors import VerityError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 AsJSON = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="The daemon's configuration file.")]
 BROKEN_PIPE_STATUS: Final = 128 + 13
 ProgressBytes = Callable[[int, int | None], None]  # (done, of how many in all, if known)
-# A pipe has no width: nothing may be cut there.
-_out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+_PIPE_WIDTH: Final = 1000  # a pipe has none: nothing may be cut there
 
 
 def reported(trouble: int = 1) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
@@ -44,7 +47,7 @@ def reported(trouble: int = 1) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]
                 # Who reads has seen enough, as `head` has; the interpreter would complain when it flushes at its end.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise typer.Exit(BROKEN_PIPE_STATUS) from None
-            except (BlockdevError, VerityError, SnapshotterError, ConfigError, OSError) as error:
+            except (BlockdevError, VerityError, SnapshotterError, ConfigError, UVMError, OSError) as error:
                 sys.stderr.write(f"tardevctl: {one_line(str(error))}\n")
                 raise typer.Exit(trouble) from None
 
@@ -92,7 +95,8 @@ def show(value: Mapping[str, Any], as_json: bool) -> None:
         sys.stdout.write(f"{key.replace('_', ' '):<{width}}  {printable(str(item))}\n")
 
 
-def rows(found: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+def rows(found: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool, *, aside: bool = False) -> None:
+    """`aside`: a table on standard error, where standard output is somebody else's."""
     if as_json:
         show_json(found)
         return
@@ -100,8 +104,12 @@ def rows(found: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -
     for column in columns:
         table.add_column(column.replace("_", " ").upper(), overflow="fold")
     for row in found:
-        table.add_row(*(str(row[column]) for column in columns))
-    _out.print(table)
+        table.add_row(*(Text(printable(str(row[column]))) for column in columns))
+    _console(sys.stderr if aside else sys.stdout).print(table)
+
+
+def _console(stream: TextIO) -> Console:
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else _PIPE_WIDTH)
 
 
 @contextmanager

@@ -54,6 +54,12 @@ class Contract(Protocol):
     ) -> list[Mount]:
         """For a container. `lowers`: topmost layer first, at least one; without `upper` the snapshot is a view."""
 
+    def layer_files(self, mounts: Sequence[Mount]) -> list[Path]:
+        """What `container_mounts` named, read back, topmost first; nothing where the contract ACTIVATES.
+
+        Raises ValueError for mounts that are none of this contract.
+        """
+
 
 CONTRACTS: Final[dict[str, Contract]] = {"host": host, "kata-tardev": kata_tardev}
 

@@ -32,6 +32,11 @@ def container_mounts(lowers: Sequence[Lower], upper: Path | None, work: Path | N
     return [_overlay(stack)]
 
 
+def layer_files(mounts: Sequence[Mount]) -> list[Path]:
+    """None: what the mounts name are directories."""
+    return []
+
+
 def _overlay(stack: list[str], *more: str) -> Mount:
     # index=off: an upper directory may be mounted again while a stale mount of it lingers. The other two, which some
     # kernels turn on, leave things in lower directories alone: an upper directory would not hold its changes.

@@ -75,6 +75,13 @@ def _base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode("ascii")
 
 
+def layer_files(mounts: Sequence[Mount]) -> list[Path]:
+    """Raises ValueError."""
+    if [mount.type for mount in mounts] != [_TYPE]:
+        raise ValueError(f"mounts of the types {', '.join(mount.type for mount in mounts)} are not of this contract")
+    return [layer.path for layer in named_layers(mounts[0].options)]
+
+
 @dataclass(frozen=True, slots=True)
 class NamedLayer:
     """A layer's option, read back. `file_system`: "tar" or "erofs"."""
