@@ -41,6 +41,8 @@ class LayerStore:
         self._layers = root / "layers"
         self._tables = root / "tables"
         self._reserve = reserve_bytes
+        # By file, of those that contradicted nothing when they were read.
+        self._sound: dict[Path, tuple[object, ...]] = {}
 
     def prepare(self) -> None:
         for directory in (
@@ -106,11 +108,26 @@ class LayerStore:
         sync_directory(target.parent)
 
     def contradiction(self, layer: Layer) -> str:
-        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer.
+        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer, of a file
+        that has not changed since no more than its inode: a container may have hundreds of layers.
 
         Raises OSError where it cannot be looked at: that says nothing of the file, and must cost no good layer.
         """
         path = self.path(layer.diff_id, layer.format)
+        try:
+            look = _look(path.lstat(), layer)
+            if self._sound.get(path) == look:
+                return ""
+            why = self._contradiction(path, layer)
+        except FileNotFoundError as error:
+            why = error.strerror or str(error)
+        if why:
+            self._sound.pop(path, None)
+        else:
+            self._sound[path] = look
+        return why
+
+    def _contradiction(self, path: Path, layer: Layer) -> str:
         try:
             with path.open("rb", buffering=0) as file:
                 fd = file.fileno()
@@ -118,8 +135,6 @@ class LayerStore:
                 if size != layer.file_size_bytes:
                     return f"has {size} bytes, not {layer.file_size_bytes}"
                 found = open_layer_file(lambda offset, count: os.pread(fd, count, offset), size)
-        except FileNotFoundError as error:
-            return error.strerror or str(error)
         except FormatError as error:
             return str(error)
         named = (found.format.name, found.tar_size_bytes, found.data_size_bytes)
@@ -159,10 +174,16 @@ class LayerStore:
             os.rename(self.path(diff_id, format), place / f"{format}-{diff_id.removeprefix('sha256:')}")
 
     def delete(self, diff_id: str, format: str) -> None:
+        self._sound.pop(self.path(diff_id, format), None)
         for path in (self.path(diff_id, format), self.table_path(diff_id, format)):
             with suppress(FileNotFoundError):
                 path.unlink()
                 sync_directory(path.parent)
+
+
+def _look(status: os.stat_result, layer: Layer) -> tuple[object, ...]:
+    """What is the same as long as file and row are. Not the time of the inode, which changes with its links."""
+    return (status.st_ino, status.st_size, status.st_mtime_ns, layer.root_hash, layer.tar_size_bytes)
 
 
 def sync_directory(path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,10 +228,8 @@ def test_killed_in_a_remove(node: Kata, point: str) -> None:
     gone = node.api.layer("a")
     node.restart({"TARDEV_TRACE_KILL": point})
     with node.daemon.client() as client:
-        try:
+        with suppress(grpc.RpcError):  # links go behind the reply, which may be under way still
             Api(node.daemon, client).remove(gone)
-        except grpc.RpcError:
-            assert point == "remove.removed"
         assert node.daemon.process is not None
         assert node.daemon.process.wait(20) == -signal.SIGKILL
     node.daemon.process = None

@@ -6,6 +6,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,3 +147,23 @@ def test_containerd_finds_the_user_of_an_image(tmp_path: Path, label: str, layer
             "run", "--rm", "--read-only", "--snapshotter", SNAPSHOTTER, reference, "named", "/bin/busybox", "id", "-u"
         )
         assert out.strip() == "1234"
+
+
+def test_killed_at_any_moment_it_leaves_nothing(tmp_path: Path) -> None:
+    """Its mounts are in a namespace of its own until the last step, so whoever kills it has nothing to clean up."""
+    with kata(tmp_path, named("tarfs")) as node:
+        (mount,) = node.api.prepare(node.api.key("pod"), chain(node.api, *"abcdefghij"))
+        target = tmp_path / "target"
+        target.mkdir()
+        options = [word for option in mount.options for word in ("-o", option)]
+        before, ended = held(tmp_path), []
+        for number in range(30):
+            process = subprocess.Popen([BIN / "kata-overlay", mount.source, target, *options])
+            time.sleep(number * 0.015)
+            process.kill()
+            ended.append(process.wait())
+            if os.path.ismount(target):  # it was through before the signal
+                run("umount", target)
+            assert held(tmp_path) == before
+            assert list(target.iterdir()) == []
+        assert -signal.SIGKILL in ended

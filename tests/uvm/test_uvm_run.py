@@ -239,6 +239,7 @@ def test_what_is_no_image_is_said_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.root
 @pytest.mark.tool
 @pytest.mark.containerd
+@pytest.mark.timeout(3600)
 def test_fifty_runs_of_which_some_are_killed_leave_nothing(kata_node: Node, tmp_path: Path) -> None:
     """Of a run that gets SIGKILL containerd keeps a view until its lease expires, and the next run takes its files."""
     build_image("hello", tmp_path)
