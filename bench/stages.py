@@ -126,12 +126,13 @@ def build(kind: str, path: str, directory: str, *layer_formats: str) -> dict[str
 def index(path: str, layer_format: str) -> dict[str, Any]:
     """The work in Python for each entry: scanning, the tree, the index; no data hashed or written."""
     chosen = format_named(layer_format)
-    index = index_writer(chosen, Limits(), None)
+    leaves = LeafStore()
+    index = index_writer(chosen, Limits(), leaves, None)
     started = time.process_time()
     read = _pieces(path, index.feed)
     seconds = time.process_time() - started
-    out = VerifiedWriter(lambda data: None, HashTree(LeafStore(), chosen.params), chosen.params)
-    out.size_bytes = chosen.tar_offset_bytes + read["bytes"]
+    out = VerifiedWriter(lambda data: None, HashTree(leaves, chosen.params), chosen.params)
+    out.size_bytes = chosen.head_bytes + read["bytes"]
     started = time.process_time()
     entries = index.write(out, read["bytes"], bytes(32)).entries
     return {"entries": entries, "work_seconds": seconds + time.process_time() - started}

@@ -319,13 +319,14 @@ class _Extraction:
         self._data_bytes += entry.size_bytes
         if self._data_bytes > self._data_bytes_max:
             raise FormatError("the files have more data than the tar")
-        offset, left = entry.data_offset_bytes, entry.size_bytes
-        while left:
-            done = self._copy(fd, offset, min(left, _COPIED_AT_ONCE_BYTES))
-            if not done:
-                raise FormatError(f"layer file ends at byte {offset}")
-            offset, left = offset + done, left - done
-            self._progress(self._data_bytes - left)
+        behind = entry.size_bytes
+        for offset, left in entry.extents():
+            while left:
+                done = self._copy(fd, offset, min(left, _COPIED_AT_ONCE_BYTES))
+                if not done:
+                    raise FormatError(f"layer file ends at byte {offset}")
+                offset, left, behind = offset + done, left - done, behind - done
+                self._progress(self._data_bytes - behind)
 
     def _by_copy_file_range(self, fd: int, offset: int, size: int) -> int:
         try:

@@ -220,8 +220,7 @@ class Builder:
         source_fd: int,
         name: str,
         *,
-        tar_offset_bytes: int,
-        tar_size_bytes: int | None,
+        layer_size_bytes: int | None,
         compression: Compression,
         latest_mtime: int | None,
     ) -> AsyncIterator[Archive]:
@@ -229,8 +228,7 @@ class Builder:
         request = ArchiveRequest(
             source_fd=source_fd,
             name=name,
-            tar_offset_bytes=tar_offset_bytes,
-            tar_size_bytes=tar_size_bytes,
+            layer_size_bytes=layer_size_bytes,
             compression=compression,
             digests=True,
             latest_mtime=latest_mtime,

@@ -16,7 +16,6 @@ from typing import Final, TypeAlias
 
 from blockdev.errors import BlockdevError
 from blockdev.formats.compression import Compression, compression_of
-from blockdev.formats.layer_file import FORMATS
 from blockdev.workers.archive import Archive
 from snapshotter.activation import Activation
 from snapshotter.builder import Builder
@@ -132,21 +131,16 @@ class Differ:
             why = self._store.contradiction(source)
             if why:
                 raise DataLoss(f"layer {source.diff_id}: its file {why}")
-            name, start, size = (
-                f"layer {source.diff_id}",
-                FORMATS[source.format].tar_offset_bytes,
-                source.tar_size_bytes,
-            )
+            name, layer_size = f"layer {source.diff_id}", source.file_size_bytes
             fd = os.open(self._store.path(source.diff_id, source.format), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         else:
-            name, start, size = f"changes of snapshot {source.name!r}", 0, None
+            name, layer_size = f"changes of snapshot {source.name!r}", None
             opening = asyncio.to_thread(self._directories.open_filled, source.id, self._mapping_of(source))
             fd = await to_the_end(opening)
         try:
             async with self._builder.archive(
-                fd, name, tar_offset_bytes=start, tar_size_bytes=size, compression=compression,
-                latest_mtime=latest_mtime,
-            ) as archive:  # fmt: skip
+                fd, name, layer_size_bytes=layer_size, compression=compression, latest_mtime=latest_mtime
+            ) as archive:
                 yield archive
         finally:
             os.close(fd)

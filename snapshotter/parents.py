@@ -21,7 +21,7 @@ from blockdev.errors import BlockdevError, FormatError
 from blockdev.formats import directory_table, parents
 from blockdev.formats.directory_table import Record
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, PARENTS_FORMAT
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, of_chain
 from blockdev.formats.layer_writer import LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.formats.parents import Carried, Cursor
@@ -40,8 +40,6 @@ from verity.hasher import LeafStore
 from verity.tree import Geometry
 from verity.verify import VerifiedReader
 
-# Formats whose layers may have made directories that an overlay would show; all layers of a chain have one format.
-_FORMATS: Final = frozenset({"tar-index"})
 _REMEMBERED: Final = 1000
 
 
@@ -66,7 +64,8 @@ class Parents:
         Raises BrokenLayer, ResourceExhausted (too much to carry, no space), InvalidArgument (xattrs that no
         directory can have together), Internal.
         """
-        if parent is None or layer.format not in _FORMATS:
+        above = FORMATS[layer.format].parents
+        if parent is None or above is None:
             return None
         if parent.parents_layer_id is None and not layer.has_table:
             return None
@@ -79,7 +78,7 @@ class Parents:
                     self._builder.touch(found)
                 return known
         table = await self._table_with(parent, layer)
-        made = await self._stored(table) if table else None
+        made = await self._stored(table, above) if table else None
         while len(self._known) >= _REMEMBERED:
             self._known.pop(next(iter(self._known)))
         self._known[key] = made.id if made is not None else None
@@ -87,10 +86,12 @@ class Parents:
 
     async def of_layers(self, layers: Sequence[Layer]) -> Layer | None:
         """What goes on top of a chain that has no snapshots, `layers` with the first one first. Raises as `of`."""
-        if any(layer.format not in _FORMATS for layer in layers):
+        formats = {layer.format for layer in layers}
+        above = FORMATS[formats.pop()].parents if len(formats) == 1 else None
+        if above is None:
             return None
         table = await self._run(lambda files: _packed(_carried_by(files, layers)))
-        return await self._stored(table) if table else None
+        return await self._stored(table, above) if table else None
 
     async def again(self, snapshot: Snapshot) -> None:
         """Make the lost parents layer of a committed snapshot once more, from all of its layers.
@@ -98,21 +99,21 @@ class Parents:
         Raises as `of`; Internal where something else comes of it.
         """
         chain = await self._metastore.chain(snapshot.id)
-        layers = [layer for layer in chain if layer.format != PARENTS_FORMAT][::-1]
-        lost = next((layer for layer in chain if layer.format == PARENTS_FORMAT), None)
+        layers = [layer for layer in chain if not of_chain(layer.format)][::-1]
+        lost = next((layer for layer in chain if of_chain(layer.format)), None)
         if lost is None:
             return
         table = await self._run(lambda files: _packed(_carried_by(files, layers)))
         if _identity(table) != lost.diff_id:
             raise Internal(f"the layers of snapshot {snapshot.name!r} do not give the parents layer {lost.diff_id}")
-        await self._stored(table)
+        await self._stored(table, lost.format)
 
     async def mend(self) -> None:
         """All that were found broken. What cannot be made again is logged; a container on it meets it once more."""
         broken = {
             layer.id
             for layer in await self._metastore.layers()
-            if layer.format == PARENTS_FORMAT and layer.state is LayerState.BROKEN
+            if of_chain(layer.format) and layer.state is LayerState.BROKEN
         }
         for snapshot in await self._metastore.snapshots() if broken else ():
             if snapshot.parents_layer_id in broken:
@@ -126,14 +127,14 @@ class Parents:
         """Empty where nothing is needed."""
         for last in (False, True):
             chain = await self._metastore.chain(parent.id)
-            below = next((each for each in chain if each.format == PARENTS_FORMAT), None)
+            below = next((each for each in chain if of_chain(each.format)), None)
             lowers = [each for each in chain if each is not below]
             if any(each.format != layer.format for each in lowers):
                 return b""  # no runtime stacks them
             try:
                 return await self._run(partial(_table_above, below, lowers, layer))
             except BrokenLayer as error:
-                if last or error.layer.format != PARENTS_FORMAT:
+                if last or not of_chain(error.layer.format):
                     raise
                 await self.again(parent)
         raise AssertionError("unreachable")
@@ -156,17 +157,17 @@ class Parents:
         except BlockdevError as error:
             raise translate(error) from error
 
-    async def _stored(self, table: bytes) -> Layer:
+    async def _stored(self, table: bytes, format: str) -> Layer:
         """READY, by its identity."""
         started = time.monotonic()
         identity = _identity(table)
         async with self._builder.publishing:
-            found = await self._metastore.layer(identity, PARENTS_FORMAT)
+            found = await self._metastore.layer(identity, format)
             if found is not None and found.state is LayerState.READY and not await self._contradiction(found):
                 self._builder.touch(found)
                 return found
             async with self._store.staged() as staged:
-                built = await asyncio.to_thread(_build, staged, table)
+                built = await asyncio.to_thread(_build, staged, table, format)
                 return await to_the_end(self._publish(staged, built, started))
 
     async def _contradiction(self, layer: Layer) -> str:
@@ -277,7 +278,7 @@ def _carried_by(files: _Files, layers: Sequence[Layer]) -> Carried | None:
     return carried
 
 
-def _build(staged: Staged, table: bytes) -> LayerRecord:
+def _build(staged: Staged, table: bytes, format: str) -> LayerRecord:
     """The layer file, into the staged one. Raises OSError."""
     offset = HEAD_BYTES
 
@@ -293,9 +294,7 @@ def _build(staged: Staged, table: bytes) -> LayerRecord:
         if os.pwrite(staged.fd, data, 0) != len(data):
             raise OSError("short write of the head")
 
-    writer = LayerWriter(
-        FORMATS[PARENTS_FORMAT], write=write, write_head=write_head, leaves=LeafStore(), limits=Limits()
-    )
+    writer = LayerWriter(FORMATS[format], write=write, write_head=write_head, leaves=LeafStore(), limits=Limits())
     writer.feed(table)
     built = writer.finish(hashlib.sha256(table).digest())
     return LayerRecord(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from blockdev.formats.compression import MEDIA_TYPES
-from blockdev.formats.layer_file import PARENTS_FORMAT
+from blockdev.formats.layer_file import of_chain
 from snapshotter import metrics
 from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
@@ -479,7 +479,7 @@ class Snapshots:
                 raise NotFound(f"snapshot {snapshot.name!r} was removed")
             found = await self._metastore.chain(snapshot.parent_id)
             if not contract.NAMES_PARENTS:
-                found = [layer for layer in found if layer.format != PARENTS_FORMAT]
+                found = [layer for layer in found if not of_chain(layer.format)]
             if new:
                 once = contract.COUNTS_EQUAL_ONCE
                 check_layers(found, named.max_layers, snapshot.snapshotter, snapshot.parent, equal_once=once)
@@ -517,7 +517,7 @@ class Snapshots:
         except BrokenLayer as error:
             await self._metastore.mark_broken([error.layer.id])
             parent = await self._metastore.by_id(snapshot.parent_id) if snapshot.parent_id else None
-            if error.layer.format != PARENTS_FORMAT or parent is None:
+            if not of_chain(error.layer.format) or parent is None:
                 raise
             await self._parents.again(parent)
         return await ensure()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from blockdev.formats import directory_table, parents
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, PARENTS_FORMAT
+from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
 from verity.hasher import LeafStore
@@ -27,7 +27,8 @@ class Made:
     table: bytes
 
     def cursor(self) -> parents.Cursor:
-        geometry = Geometry(self.built.data_size_bytes // 512, FORMATS["tar-index"].params)
+        params = FORMATS[self.built.format].params
+        geometry = Geometry(self.built.data_size_bytes // params.data_block_bytes, params)
         read_at = VerifiedReader(lambda at, size: self.file[at : at + size], geometry, self.built.root_hash)
         return parents.Cursor(Reader(read_at, self.built.data_size_bytes, verified=True))
 
@@ -39,8 +40,8 @@ class Made:
         )
 
 
-def make(content: bytes, layer_format: str = "tar-index") -> Made:
-    """Raises BlockdevError. `content`: a tar, or the table of a parents layer."""
+def make(content: bytes, layer_format: str = "tar-index", piece_bytes: int = 1 << 20) -> Made:
+    """Raises BlockdevError. `content`: a tar, or the table of a parents layer; fed in pieces of `piece_bytes`."""
     out = io.BytesIO(bytes(HEAD_BYTES))
     out.seek(HEAD_BYTES)
 
@@ -48,8 +49,12 @@ def make(content: bytes, layer_format: str = "tar-index") -> Made:
         out.getbuffer()[: len(head)] = head
 
     leaves = LeafStore()
-    writer = LayerWriter(FORMATS[layer_format], write=out.write, write_head=write_head, leaves=leaves, limits=Limits())
-    writer.feed(content)
+    writer = LayerWriter(
+        FORMATS[layer_format], write=out.write, write_head=write_head, leaves=leaves, limits=Limits(),
+        read_back=lambda at, size: bytes(out.getbuffer()[at : at + size]),
+    )  # fmt: skip
+    for at in range(0, len(content), piece_bytes):
+        writer.feed(content[at : at + piece_bytes])
     built = writer.finish(hashlib.sha256(content).digest())
     leaves.close()
     return Made(built, out.getvalue(), b"".join(writer.directory_table(built.diff_id)))
@@ -68,4 +73,8 @@ def carried(layers: Sequence[Made]) -> list[parents.Carried | None]:
 
 def parents_layer(layers: Sequence[Made]) -> Made | None:
     top = carried(layers)[-1]
-    return make(parents.pack(top), PARENTS_FORMAT) if top is not None else None
+    if top is None:
+        return None
+    above = FORMATS[layers[-1].built.format].parents
+    assert above is not None
+    return make(parents.pack(top), above)

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from blockdev.formats.layer_file import PARENTS_FORMAT
+from blockdev.formats.layer_file import of_chain
 from snapshotter.cli import uvm_commands
 from tests.harness import (
     BIN,
@@ -137,7 +137,7 @@ def main_job(directory: Path, release: Release, stack: contextlib.ExitStack) -> 
     console.print()
     console.print(table(layers, users))
     console.print()
-    if {layer["diff_id"] for layer in layers if layer["format"] != PARENTS_FORMAT} != set(users):
+    if {layer["diff_id"] for layer in layers if not of_chain(layer["format"])} != set(users):
         raise DemoFailed("the layers are not those that the images promise")
 
     if platform.machine() == "x86_64":

@@ -5,13 +5,12 @@ and the place where they wait."""
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
 from typing import Final, Self
 
 from verity.buffers import Buffer
 from verity.errors import VerityError
 from verity.params import BLOCK_BYTES, DIGEST_BYTES, Params
+from verity.spool import Spool, SpooledBytes
 
 try:
     from verity import _leafhash as _leafhash
@@ -106,8 +105,11 @@ class LeafHasher:
         self._params = params
         self._partial = bytearray()
 
-    def update(self, data: Buffer, stream: StreamHash | None = None) -> bytes:
-        """Digests of the blocks that `data` completes, 32 bytes each. With `stream`, that goes on by `data`, too."""
+    def update(self, data: Buffer, stream: StreamHash | None = None, streamed: Buffer | None = None) -> bytes:
+        """Digests of the blocks that `data` completes, 32 bytes each.
+
+        With `stream`, that goes on by `data`, too, or by `streamed` instead.
+        """
         view = memoryview(data).cast("B")
         block, partial = self._params.data_block_bytes, self._partial
         first = b""
@@ -123,7 +125,8 @@ class LeafHasher:
         if stream is None:
             digests = leaf_digests(rest[:whole], self._params)
         else:
-            digests = stream.update_with_leaves(view, rest[:whole], block, self._params.salt)
+            streamed = view if streamed is None else streamed
+            digests = stream.update_with_leaves(streamed, rest[:whole], block, self._params.salt)
         partial += rest[whole:]
         return first + digests if first else digests
 
@@ -131,84 +134,29 @@ class LeafHasher:
 class LeafStore:
     """Digests in order of their blocks; beyond `threshold_bytes` they go to a file.
 
-    The file is `spool_fd` (the caller's, empty, writable) or an unnamed temporary one.
-    `bytes_spooled` is what was written to it. Raises OSError when it cannot be written or read.
+    The file is `spool_fd` (the caller's, empty, writable) or an unnamed temporary one. Raises OSError when it cannot
+    be written or read.
     """
 
     def __init__(self, *, threshold_bytes: int = 8 << 20, spool_fd: int | None = None) -> None:
-        self._threshold = threshold_bytes
-        self._memory = bytearray()
-        self._fd = spool_fd
-        self._own: int | None = None
-        self.bytes_spooled = 0
+        self._digests = SpooledBytes(Spool(spool_fd), threshold_bytes=threshold_bytes)
+        self.append, self.chunks, self.read = self._digests.append, self._digests.chunks, self._digests.read
 
     def __len__(self) -> int:
-        return (self.bytes_spooled + len(self._memory)) // DIGEST_BYTES
+        return len(self._digests) // DIGEST_BYTES
 
-    def append(self, digests: bytes) -> None:
-        self._memory += digests
-        if len(self._memory) >= self._threshold:
-            self._write(self._memory, self.bytes_spooled)
-            self.bytes_spooled += len(self._memory)
-            self._memory.clear()
+    @property
+    def bytes_spooled(self) -> int:
+        """All that was written to the file, by whatever else waits in it, too."""
+        return self._digests.spool.size_bytes
 
     def replace(self, index: int, digests: bytes) -> None:
         """Put other digests from `index` on, all of which are there already."""
-        start = index * DIGEST_BYTES
-        if start + len(digests) > len(self) * DIGEST_BYTES:
-            raise VerityError(f"no digests to replace at {index}")
-        spooled = digests[: max(0, self.bytes_spooled - start)]
-        if spooled:
-            self._write(spooled, start)
-        rest = digests[len(spooled) :]
-        if rest:
-            at = start + len(spooled) - self.bytes_spooled
-            self._memory[at : at + len(rest)] = rest
+        self._digests.replace(index * DIGEST_BYTES, digests)
 
-    def chunks(self, size_bytes: int) -> Iterator[bytes]:
-        """All digests, in pieces of `size_bytes`, the last one shorter."""
-        total = len(self) * DIGEST_BYTES
-        for start in range(0, total, size_bytes):
-            yield self.read(start, min(start + size_bytes, total))
-
-    def read(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` of all digests, which must be there."""
-        piece = self._read(min(end, self.bytes_spooled) - start, start) if start < self.bytes_spooled else b""
-        if end > self.bytes_spooled:
-            first = max(0, start - self.bytes_spooled)
-            piece += bytes(self._memory[first : end - self.bytes_spooled])
-        return piece
+    def beside(self) -> SpooledBytes:
+        """Other bytes that wait for the end, in the same file."""
+        return self._digests.beside()
 
     def close(self) -> None:
-        if self._own is not None:
-            os.close(self._own)
-            self._own = None
-
-    def _file(self) -> int:
-        if self._fd is None:
-            # Unlinked at once, so that nothing is left behind whatever becomes of the process.
-            import tempfile  # costs a worker, which brings its own, a tenth of its start
-
-            self._own, path = tempfile.mkstemp(prefix="verity-leaves-")
-            os.unlink(path)
-            self._fd = self._own
-        return self._fd
-
-    def _write(self, data: Buffer, offset: int) -> None:
-        fd, view = self._file(), memoryview(data)
-        try:
-            while view:
-                written = os.pwrite(fd, view, offset)
-                offset += written
-                view = view[written:]
-        finally:
-            view.release()
-
-    def _read(self, size: int, offset: int) -> bytes:
-        out = b""
-        while len(out) < size:
-            piece = os.pread(self._file(), size - len(out), offset + len(out))
-            if not piece:
-                raise VerityError("spooled leaf digests are cut short")
-            out += piece
-        return out
+        self._digests.spool.close()

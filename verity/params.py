@@ -35,4 +35,4 @@ class Params:
         return self.hash_block_bytes // DIGEST_BYTES
 
 
-PRESETS: Final = {"tar-index": Params(512, 4096), "tarfs": Params(4096, 4096)}
+PRESETS: Final = {"tar-index": Params(512, 4096), "erofs-4k": Params(4096, 4096), "tarfs": Params(4096, 4096)}

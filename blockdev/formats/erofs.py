@@ -106,6 +106,11 @@ def crc32c(data: Buffer) -> int:
     return crc
 
 
+def checksummed_bytes(block_bytes: int) -> int:
+    """How many, from the superblock on, its checksum covers: up to the end of a block (fs/erofs/super.c)."""
+    return block_bytes - SUPERBLOCK_OFFSET_BYTES if block_bytes > SUPERBLOCK_OFFSET_BYTES else block_bytes
+
+
 def encode_device(major: int, minor: int) -> int:
     """The kernel's new_encode_dev (include/linux/kdev_t.h)."""
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)

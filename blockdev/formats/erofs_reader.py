@@ -66,7 +66,7 @@ class Reader:
             raise FormatError("EROFS claims more blocks than the data area has")
         if verified:
             return
-        covered = bytearray(self._read(erofs.SUPERBLOCK_OFFSET_BYTES, self.block_bytes))
+        covered = bytearray(self._read(erofs.SUPERBLOCK_OFFSET_BYTES, erofs.checksummed_bytes(self.block_bytes)))
         covered[4:8] = bytes(4)
         if erofs.crc32c(covered) != self.superblock.checksum:
             raise FormatError("EROFS superblock has a wrong checksum")
@@ -178,7 +178,7 @@ class Reader:
 
     def _entry(self, path: bytes, nid: int, inode: Inode) -> Entry:
         kind = inode.mode & FORMAT_MASK
-        rdev, link, offset = (0, 0), b"", 0
+        rdev, link, offset, tail = (0, 0), b"", 0, 0
         if kind in (S_IFCHR, S_IFBLK):
             number = inode.address
             rdev = (number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
@@ -187,26 +187,32 @@ class Reader:
                 raise FormatError(f"symlink {path!r} of {inode.size_bytes} bytes")
             link = self._content(inode)
         elif kind == S_IFREG and inode.size_bytes:
-            offset = inode.address * self.block_bytes
-            if inode.layout != erofs.LAYOUT_PLAIN or offset + inode.size_bytes > self._size:
+            tail = self._tail_bytes(inode)
+            if inode.size_bytes > tail:
+                offset = inode.address * self.block_bytes
+            if offset + inode.size_bytes - tail > self._size or (tail and inode.end_offset + tail > self._size):
                 raise FormatError(f"data of {path!r} lies outside the data area")
         return Entry(
             path, nid, inode.mode, inode.uid, inode.gid, inode.size_bytes, inode.mtime, inode.nlink, rdev, link, offset,
-            self._xattrs(inode),
+            self._xattrs(inode), inode.end_offset if tail else 0, tail,
         )  # fmt: skip
+
+    def _tail_bytes(self, inode: Inode) -> int:
+        """How much of the end is inlined."""
+        if inode.layout == erofs.LAYOUT_PLAIN or not inode.size_bytes:
+            return 0
+        tail = inode.size_bytes % self.block_bytes or self.block_bytes
+        if inode.end_offset // self.block_bytes != (inode.end_offset + tail - 1) // self.block_bytes:
+            raise FormatError("inlined data crosses a block")
+        return tail
 
     def _content(self, inode: Inode) -> bytes:
         """Of a directory or symlink."""
         start = inode.address * self.block_bytes
-        if inode.layout == erofs.LAYOUT_PLAIN:
-            return self._read(start, inode.size_bytes)
-        tail = inode.size_bytes % self.block_bytes or (self.block_bytes if inode.size_bytes else 0)
+        tail = self._tail_bytes(inode)
         full = inode.size_bytes - tail
-        if (
-            inode.end_offset // self.block_bytes
-            != max(inode.end_offset, inode.end_offset + tail - 1) // self.block_bytes
-        ):
-            raise FormatError("inlined data crosses a block")
+        if not tail:
+            return self._read(start, full)
         return (self._read(start, full) if full else b"") + self._read(inode.end_offset, tail)
 
     def _children(self, inode: Inode) -> Iterator[tuple[bytes, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from stat import S_IFBLK, S_IFCHR, S_IFLNK, S_IFREG
-from typing import Final
+from typing import Final, Protocol
 
 from blockdev.errors import FormatError
 from blockdev.formats import erofs
@@ -18,6 +18,34 @@ from blockdev.formats.file_tree import Directory, Inode
 
 _RESERVED_BYTES: Final = 64  # keeps the root off nid 0, which shows as inode number 0
 _EMIT_BYTES: Final = 256 << 10
+
+
+class Contents(Protocol):
+    """Where the data of files is. `tail_bytes` of it, less than a block, go behind the inode, in one block."""
+
+    def tail_bytes(self, node: Inode) -> int: ...
+
+    def block(self, node: Inode) -> int:
+        """The first one of what is not in the tail; the file has some data."""
+
+    def tail(self, node: Inode, offset_bytes: int) -> bytes:
+        """`offset_bytes`: where it is written, in the file system. Asked for once."""
+
+
+class ContentsInTar:
+    """In one piece each, in a tar that begins at an offset of the file system, which `emit` must know."""
+
+    def __init__(self, offset_bytes: int, block_bytes: int) -> None:
+        self.offset_bytes, self._block = offset_bytes, block_bytes
+
+    def tail_bytes(self, node: Inode) -> int:
+        return 0
+
+    def block(self, node: Inode) -> int:
+        return (self.offset_bytes + node.tar_offset_bytes) // self._block
+
+    def tail(self, node: Inode, offset_bytes: int) -> bytes:
+        raise AssertionError("no file has one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +58,8 @@ class MetadataArea:
 class MetadataWriter:
     """`layout` once, then `emit` once. `order` is FileTree.finish()'s."""
 
-    def __init__(self, order: Sequence[Inode], block_bytes: int) -> None:
-        self._order = order
+    def __init__(self, order: Sequence[Inode], block_bytes: int, contents: Contents) -> None:
+        self._order, self._contents = order, contents
         self._block = block_bytes
         self._positions: list[int] = []  # byte offset of each inode record, by number
         self._blocks_at: list[tuple[int, int]] = []  # (inode number, byte offset of its block data)
@@ -70,8 +98,16 @@ class MetadataWriter:
                     tail = len(node.link)
                 else:
                     outside.append((number, -(-len(node.link) // block)))
-            if tail and position // block != (position + base + tail - 1) // block:
-                position += -position % block
+            elif node.size_bytes:
+                tail = self._contents.tail_bytes(node)
+            if tail and base + tail <= block:
+                if position // block != (position + base + tail - 1) // block:
+                    position += -position % block
+            elif tail and (position + base) // block != (position + base + tail - 1) // block:
+                # Only of a file: its xattrs may cross a block, its tail may not.
+                behind = position + base
+                position += -behind % block
+                position += -position % erofs.INODE_BYTES
             self._positions.append(position)
             position += base + tail
         position += -position % block
@@ -81,12 +117,12 @@ class MetadataWriter:
         self._area = MetadataArea(self._positions[0] // erofs.NID_UNIT_BYTES, len(self._order), position)
         return self._area
 
-    def emit(self, write: Callable[[bytes], object], area_offset_bytes: int, data_offset_bytes: int) -> None:
-        """Write the area; `area_offset_bytes` is its place, `data_offset_bytes` the tar's, in the file system."""
+    def emit(self, write: Callable[[bytes], object], area_offset_bytes: int) -> None:
+        """Write the area; `area_offset_bytes` is its place in the file system."""
         assert self._area is not None
         out = bytearray(_RESERVED_BYTES)
         written = 0
-        block = self._block
+        block, contents = self._block, self._contents
         placed = dict(self._blocks_at)
 
         def flush() -> None:
@@ -116,7 +152,10 @@ class MetadataWriter:
                         pass
             elif format_type == S_IFREG:
                 if node.size_bytes:
-                    address = (data_offset_bytes + node.tar_offset_bytes) // block
+                    address = contents.block(node)
+                    if contents.tail_bytes(node):
+                        layout = erofs.LAYOUT_INLINE
+                        tail = contents.tail(node, area_offset_bytes + position + erofs.INODE_BYTES + len(body))
             elif format_type == S_IFLNK:
                 if number not in placed:
                     layout, tail = erofs.LAYOUT_INLINE, node.link

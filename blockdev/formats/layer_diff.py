@@ -7,14 +7,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from stat import S_IFDIR, S_IFREG
-from typing import Final
 
 from blockdev.errors import FormatError
 from blockdev.formats.entry import FORMAT_MASK, Entry
 from blockdev.formats.layer_file import LayerFile, ReadAt
-from blockdev.formats.layer_reader import index_reader
-
-_READ_BYTES: Final = 1 << 20
+from blockdev.formats.layer_reader import index_reader, pieces
 
 Value = int | bytes | tuple[int, int] | None
 
@@ -66,13 +63,9 @@ class _Side:
         if entry.inode in self._digests:
             return self._digests[entry.inode]
         sha256 = hashlib.sha256()
-        offset, end = entry.data_offset_bytes, entry.data_offset_bytes + entry.size_bytes
-        while offset < end:
-            piece = self._read_at(offset, min(_READ_BYTES, end - offset))
-            if not piece:
-                raise FormatError(f"layer file ends at byte {offset}")
-            sha256.update(piece)
-            offset += len(piece)
+        for offset, size in entry.extents():
+            for piece in pieces(self._read_at, offset, size):
+                sha256.update(piece)
         if self._shared(entry):
             self._digests[entry.inode] = sha256.digest()
         return sha256.digest()

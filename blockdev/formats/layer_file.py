@@ -14,6 +14,7 @@ from typing import ClassVar, Final, Self
 
 from blockdev.errors import FormatError
 from blockdev.formats import erofs, tarfs
+from blockdev.formats.tar_split import Split
 from verity import trailer as verity_trailer
 from verity.buffers import ReadAt as ReadAt
 from verity.params import PRESETS, Params
@@ -21,7 +22,7 @@ from verity.tree import Geometry
 
 ALIGNMENT_BYTES: Final = 4096
 TRAILER_BYTES: Final = 4096
-HEAD_BYTES: Final = 4096  # of tar-index
+HEAD_BYTES: Final = 4096  # of the formats with an EROFS index
 
 
 def align(value: int, unit: int) -> int:
@@ -32,27 +33,31 @@ def align(value: int, unit: int) -> int:
 class Format:
     """A released byte layout; never changed, only joined by others.
 
-    `file_system`: the kernel's name of what mounts it; `block_bytes`: of that; `tar_offset_bytes`:
-    what stands in front of the tar is written last. `stored`: a node makes such files; the others
-    are only computed, to compare root hashes with those of other tools. `of_chain`: made of a chain of
-    layers and no layer itself; a table of directories is in place of the tar.
+    `file_system`: the kernel's name of what mounts it; `block_bytes`: of that; `head_bytes`: what stands in
+    front is written last. `stored`: a node makes such files; the others are only computed, to compare root
+    hashes with those of other tools. `split`: the tar does not follow the head in one piece, but is put together
+    of file data and what `tar_split` keeps of the rest. `parents`: the format of what goes on top of a chain of
+    such layers. `of_chain`: it is such a one, and no layer itself; a table of directories is in place of the tar.
     """
 
     name: str
     params: Params
     file_system: str
     block_bytes: int
-    tar_offset_bytes: int
+    head_bytes: int
     stored: bool = True
+    split: bool = False
+    parents: str | None = None
     of_chain: bool = False
 
 
-PARENTS_FORMAT: Final = "tar-index-parents"
 FORMATS: Final = {
     known.name: known
     for known in (
-        Format("tar-index", PRESETS["tar-index"], "erofs", 512, HEAD_BYTES),
-        Format(PARENTS_FORMAT, PRESETS["tar-index"], "erofs", 512, HEAD_BYTES, of_chain=True),
+        Format("tar-index", PRESETS["tar-index"], "erofs", 512, HEAD_BYTES, parents="tar-index-parents"),
+        Format("tar-index-parents", PRESETS["tar-index"], "erofs", 512, HEAD_BYTES, of_chain=True),
+        Format("erofs-4k", PRESETS["erofs-4k"], "erofs", 4096, HEAD_BYTES, split=True, parents="erofs-4k-parents"),
+        Format("erofs-4k-parents", PRESETS["erofs-4k"], "erofs", 4096, HEAD_BYTES, of_chain=True),
         Format("tarfs", PRESETS["tarfs"], "tar", 4096, 0),
         Format("tarfs-genpolicy", PRESETS["tarfs"], "tar", 4096, 0, stored=False),
         Format("tarfs-genpolicy-upstream", PRESETS["tarfs"], "tar", 4096, 0, stored=False),
@@ -70,6 +75,11 @@ def format_named(name: str) -> Format:
         raise FormatError(f"format {name!r} is not known; this version writes: {', '.join(FORMATS)}") from None
 
 
+def of_chain(name: str) -> bool:
+    """Whether files of this format, in a chain of layers, are parents layers."""
+    return name in FORMATS and FORMATS[name].of_chain
+
+
 def layer_format_named(name: str) -> Format:
     """Raises FormatError, also for a format that no layer has by itself."""
     found = format_named(name)
@@ -80,45 +90,65 @@ def layer_format_named(name: str) -> Format:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """First 1024 bytes of a tar-index file; covered by verity. Sizes and offsets in bytes.
+    """First 1024 bytes of a file with an EROFS index; covered by verity. Sizes and offsets in bytes.
 
-    Of a parents layer, `tar_…` are about its table, and `diff_id` is the sha256 of that.
+    `data_offset_bytes`: of the tar, or of file data. Of a parents layer, `tar_size_bytes` is about its table, and
+    `diff_id` is the sha256 of that. `split`: where the format has it.
     """
 
-    tar_offset_bytes: int
+    data_offset_bytes: int
     tar_size_bytes: int
     metadata_offset_bytes: int
     diff_id: bytes
     format_name: str = "tar-index"
+    split: Split | None = None
 
-    MAGICS: ClassVar[dict[str, bytes]] = {"tar-index": b"TARINDEX", PARENTS_FORMAT: b"TARPARNT"}
-    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQ32s952x")
+    MAGICS: ClassVar[dict[str, bytes]] = {
+        "tar-index": b"TARINDEX",
+        "tar-index-parents": b"TARPARNT",
+        "erofs-4k": b"EROFS-4K",
+        "erofs-4k-parents": b"EROFS4KP",
+    }
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQ32s")
+    SPLIT: ClassVar[struct.Struct] = struct.Struct("<QQQQ")
+    SIZE_BYTES: ClassVar[int] = erofs.SUPERBLOCK_OFFSET_BYTES
 
     def pack(self) -> bytes:
-        return self.LAYOUT.pack(
-            self.MAGICS[self.format_name], 1, 0, self.tar_offset_bytes, self.tar_size_bytes,
+        record = self.LAYOUT.pack(
+            self.MAGICS[self.format_name], 1, 0, self.data_offset_bytes, self.tar_size_bytes,
             self.metadata_offset_bytes, self.diff_id,
         )  # fmt: skip
+        if self.split is not None:
+            split = self.split
+            record += self.SPLIT.pack(split.offset_bytes, split.lost_bytes, split.tails, split.instruction_bytes)
+        return record.ljust(self.SIZE_BYTES, b"\0")
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """Raises FormatError."""
-        if len(raw) < cls.LAYOUT.size or any(raw[72:1024]):
-            raise FormatError("no tar-index identity record")
-        fields = cls.LAYOUT.unpack(raw[: cls.LAYOUT.size])
-        magic, version, flags, tar_offset, tar_size, metadata_offset, diff_id = fields
+        if len(raw) < cls.SIZE_BYTES:
+            raise FormatError("no identity record")
+        magic, version, flags, offset, tar_size, metadata_offset, diff_id = cls.LAYOUT.unpack_from(raw)
         names = {known: name for name, known in cls.MAGICS.items()}
-        if magic not in names or (version, flags, tar_offset) != (1, 0, HEAD_BYTES):
-            raise FormatError("no tar-index identity record of version 1")
-        if metadata_offset != align(HEAD_BYTES + tar_size, ALIGNMENT_BYTES):
+        if magic not in names or (version, flags, offset) != (1, 0, HEAD_BYTES):
+            raise FormatError("no identity record of version 1")
+        name, split = names[magic], None
+        if FORMATS[name].split:
+            fields = cls.SPLIT.unpack_from(raw, cls.LAYOUT.size)
+            split = Split(tar_size, offset, metadata_offset, *fields)
+            sound = offset <= metadata_offset < split.offset_bytes and not split.offset_bytes % ALIGNMENT_BYTES
+        else:
+            sound = metadata_offset == align(HEAD_BYTES + tar_size, ALIGNMENT_BYTES)
+        identity = cls(offset, tar_size, metadata_offset, diff_id, name, split)
+        if not sound or identity.pack() != raw[: cls.SIZE_BYTES]:
             raise FormatError("identity record contradicts itself")
-        return cls(tar_offset, tar_size, metadata_offset, diff_id, names[magic])
+        return identity
 
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """Last 4096 bytes of a tar-index file: for discovery and torn writes; not covered by verity, never trusted
-    for a mount."""
+    """Last 4096 bytes of a file with an EROFS index: for discovery and torn writes; not covered by verity, never
+    trusted for a mount."""
 
     params: Params
     data_size_bytes: int
@@ -158,8 +188,8 @@ class Trailer:
         )
         if (version, algorithm) != (1, 1):
             raise FormatError(f"trailer of version {version}, algorithm {algorithm} is not known")
-        params = PRESETS["tar-index"]
-        if (data_block, hash_block) != (params.data_block_bytes, params.hash_block_bytes):
+        params = _PARAMS.get((data_block, hash_block))
+        if params is None:
             raise FormatError(f"trailer names block sizes {data_block}/{hash_block}, which no format has")
         trailer = cls(params, data_size, tree, levels, root, diff_id)
         if not blocks or trailer.pack() != raw or blocks * data_block != data_size:
@@ -168,6 +198,11 @@ class Trailer:
 
 
 assert Trailer.LAYOUT.size == 120
+_PARAMS: Final = {
+    (known.params.data_block_bytes, known.params.hash_block_bytes): known.params
+    for known in FORMATS.values()
+    if known.file_system == "erofs"
+}
 
 
 def bare_trailer(params: Params, data_blocks: int, head: bytes = b"") -> bytes:
@@ -198,6 +233,7 @@ class LayerFile:
     entries: int  # inodes of the index, the root included
     diff_id: bytes | None
     root_hash: bytes | None
+    split: Split | None = None
 
     @property
     def data_size_bytes(self) -> int:
@@ -209,21 +245,22 @@ class LayerFile:
 
     def regions(self) -> Iterator[Region]:
         """The whole file, front to back, without gaps."""
-        tar_offset = self.format.tar_offset_bytes
-        tar_end = tar_offset + self.tar_size_bytes
-        data_end = self.data_size_bytes
+        head, index, data_end = self.format.head_bytes, self.index_offset_bytes, self.data_size_bytes
         tree_end = data_end + self.geometry.tree_size_bytes
-        for name, start, end in (
-            ("head", 0, tar_offset),
-            ("table" if self.format.of_chain else "tar", tar_offset, tar_end),
-            ("padding", tar_end, self.index_offset_bytes),
-            ("index", self.index_offset_bytes, data_end),
-            ("hash tree", data_end, tree_end),
-            ("padding", tree_end, self.file_size_bytes - TRAILER_BYTES),
-            ("trailer", self.file_size_bytes - TRAILER_BYTES, self.file_size_bytes),
-        ):
+        split = self.split
+        parts = [("head", head)]
+        if split is None:
+            parts += [("table" if self.format.of_chain else "tar", head + self.tar_size_bytes), ("padding", index)]
+            parts += [("index", data_end)]
+        else:
+            parts += [("file data", index), ("index", split.offset_bytes), ("tar headers", split.end_bytes)]
+            parts += [("padding", data_end)]
+        parts += [("hash tree", tree_end), ("padding", self.file_size_bytes - TRAILER_BYTES)]
+        start = 0
+        for name, end in [*parts, ("trailer", self.file_size_bytes)]:
             if end > start:
                 yield Region(name, start, end - start)
+            start = end
 
 
 def open_layer_file(read_at: ReadAt, size_bytes: int) -> LayerFile:
@@ -235,7 +272,7 @@ def open_layer_file(read_at: ReadAt, size_bytes: int) -> LayerFile:
         raise FormatError(f"file of {size_bytes} bytes is no layer file")
     trailer = read_at(size_bytes - TRAILER_BYTES, TRAILER_BYTES)
     if trailer.startswith(Trailer.MAGIC):
-        return _open_tar_index(read_at, size_bytes, Trailer.unpack(trailer))
+        return _open_erofs(read_at, size_bytes, Trailer.unpack(trailer))
     params = FORMATS["tarfs"].params
     if len(trailer) == TRAILER_BYTES:
         record = trailer[-verity_trailer.FROM_END_BYTES :]
@@ -247,7 +284,7 @@ def open_layer_file(read_at: ReadAt, size_bytes: int) -> LayerFile:
     raise FormatError("no valid trailer: the file is incomplete or no layer file")
 
 
-def _open_tar_index(read_at: ReadAt, size_bytes: int, trailer: Trailer) -> LayerFile:
+def _open_erofs(read_at: ReadAt, size_bytes: int, trailer: Trailer) -> LayerFile:
     if size_bytes != trailer.file_size_bytes:
         raise FormatError(f"file has {size_bytes} bytes, its trailer says {trailer.file_size_bytes}")
     geometry = Geometry(trailer.data_blocks, trailer.params)
@@ -256,6 +293,8 @@ def _open_tar_index(read_at: ReadAt, size_bytes: int, trailer: Trailer) -> Layer
     head = read_at(0, HEAD_BYTES)
     identity = Identity.unpack(head)
     layer_format = FORMATS[identity.format_name]
+    if trailer.params != layer_format.params:
+        raise FormatError("trailer names the block sizes of another format")
     if identity.diff_id != trailer.diff_id:
         raise FormatError("identity record and trailer name different diff IDs")
     superblock = erofs.Superblock.unpack(head[erofs.SUPERBLOCK_OFFSET_BYTES :])
@@ -267,9 +306,12 @@ def _open_tar_index(read_at: ReadAt, size_bytes: int, trailer: Trailer) -> Layer
         or superblock.uuid != layer_uuid(layer_format.name, identity.diff_id)
     ):
         raise FormatError("superblock is another layer's")
+    split = identity.split
+    if split is not None and align(split.end_bytes, ALIGNMENT_BYTES) != trailer.data_size_bytes:
+        raise FormatError("identity record and trailer name different sizes of the data")
     return LayerFile(
         layer_format, geometry, identity.tar_size_bytes, identity.metadata_offset_bytes, superblock.inodes,
-        identity.diff_id, trailer.root_hash,
+        identity.diff_id, trailer.root_hash, split,
     )  # fmt: skip
 
 

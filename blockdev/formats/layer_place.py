@@ -14,6 +14,12 @@ from blockdev.formats.layer_file import Identity, LayerFile, ReadAt, Region
 from blockdev.formats.layer_reader import index_reader
 
 _PATHS_MAX: Final = 8
+# By region: what is there where a file of the layer has it, and what where none has.
+_IN_FILES: Final = {
+    "tar": ("file data", "tar headers, or data that no file of the layer has any more"),
+    "file data": ("file data", "data that no file of the layer has any more"),
+    "index": ("inodes and names, and the ends of files", "inodes and names"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +42,8 @@ def place(layer: LayerFile, read_at: ReadAt, offset: int, size: int) -> Place:
         Region("behind the file", layer.file_size_bytes, 0),
     )
     inside = offset - region.offset_bytes
-    if region.name == "tar":
-        found = _in_tar(layer, read_at, offset, size, inside)
+    if region.name in ("tar", "file data") or (region.name == "index" and layer.split is not None):
+        found = _in_files(layer, read_at, offset, size, region.name, inside)
     else:
         found = Place(region.name, inside, _detail(region.name, inside))
     reached = [other.name for other in layer.regions() if offset < other.offset_bytes < offset + size]
@@ -52,20 +58,17 @@ def _detail(region: str, inside: int) -> str:
     return "inodes and names" if region == "index" else region
 
 
-def _in_tar(layer: LayerFile, read_at: ReadAt, offset: int, size: int, inside: int) -> Place:
+def _in_files(layer: LayerFile, read_at: ReadAt, offset: int, size: int, region: str, inside: int) -> Place:
     paths: dict[int, bytes] = {}
     try:
         for entry in index_reader(layer, read_at).walk():
-            if (
-                entry.mode & FORMAT_MASK == S_IFREG
-                and entry.data_offset_bytes < offset + size
-                and offset < entry.data_offset_bytes + entry.size_bytes
+            if entry.mode & FORMAT_MASK == S_IFREG and any(
+                start < offset + size and offset < start + length for start, length in entry.extents()
             ):
                 paths.setdefault(entry.inode, entry.path)
                 if len(paths) == _PATHS_MAX:
                     break
     except BlockdevError as error:
-        return Place("tar", inside, f"whose file cannot be told: {error}")
-    if not paths:
-        return Place("tar", inside, "tar headers, or data that no file of the layer has any more")
-    return Place("tar", inside, "file data", tuple(paths.values()))
+        return Place(region, inside, f"whose file cannot be told: {error}")
+    found, none = _IN_FILES[region]
+    return Place(region, inside, found if paths else none, tuple(paths.values()))

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of any layer file, read again. Every byte of it is taken for hostile."""
+"""Index and tar of any layer file, read again. Every byte of it is taken for hostile."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
-from blockdev.errors import NotInLayer
-from blockdev.formats import erofs_reader, tarfs_reader
+from blockdev.errors import FormatError, NotInLayer
+from blockdev.formats import erofs_reader, tar_split, tarfs_reader
 from blockdev.formats.entry import Entry
 from blockdev.formats.layer_file import LayerFile, ReadAt
+from blockdev.formats.tar_split import Run
+
+_PIECE_BYTES: Final = 1 << 20
 
 
 class IndexReader(Protocol):
@@ -19,6 +22,24 @@ class IndexReader(Protocol):
 
         Raises FormatError or LimitExceeded.
         """
+
+
+def pieces(read_at: ReadAt, offset: int, size: int) -> Iterator[bytes]:
+    """Raises FormatError where the file ends before."""
+    end = offset + size
+    while offset < end:
+        piece = read_at(offset, min(_PIECE_BYTES, end - offset))
+        if not piece:
+            raise FormatError(f"layer file ends at byte {offset}")
+        yield piece
+        offset += len(piece)
+
+
+def tar_runs(layer: LayerFile, read_at: ReadAt) -> Iterator[Run | bytes]:
+    """The tar, or a parents layer's table: bytes, or where in the file they are. Raises FormatError."""
+    if layer.split is not None:
+        return tar_split.tar_runs(layer.split, read_at)
+    return iter((Run(layer.format.head_bytes, layer.tar_size_bytes),))
 
 
 def index_reader(layer: LayerFile, read_at: ReadAt) -> IndexReader:

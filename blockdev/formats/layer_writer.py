@@ -8,6 +8,7 @@ trailer. docs/formats.md has the bytes.
 
 from __future__ import annotations
 
+import queue
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,11 @@ from typing import Final, Protocol
 
 from blockdev.errors import FormatError, LimitExceeded
 from blockdev.formats import directory_table, erofs, parents
-from blockdev.formats.erofs_writer import MetadataWriter
+from blockdev.formats.erofs_writer import Contents, ContentsInTar, MetadataWriter
 from blockdev.formats.file_tree import FileTree, Inode, canonical_order
 from blockdev.formats.layer_file import (
     ALIGNMENT_BYTES,
     HEAD_BYTES,
-    PARENTS_FORMAT,
     Format,
     Identity,
     ReadAt,
@@ -31,12 +31,14 @@ from blockdev.formats.layer_file import (
     layer_uuid,
 )
 from blockdev.formats.limits import Limits
-from blockdev.formats.tar import TarScanner
+from blockdev.formats.tar import Member, TarScanner
+from blockdev.formats.tar_split import Split, TarSplitter
 from blockdev.formats.tarfs_tar import Dialect
 from blockdev.formats.tarfs_writer import FAULTS, TarfsWriter
 from verity.buffers import Buffer
 from verity.hasher import LeafHasher, LeafStore, StreamHash, leaf_digests
 from verity.params import Params
+from verity.spool import SpooledBytes
 from verity.tree import Geometry, HashTree
 
 # Block addresses are 32 bits and the last two are kept free (Linux: EROFS_NULL_ADDR).
@@ -70,9 +72,9 @@ class VerifiedWriter:
         self._leaves = LeafHasher(params)
         self.size_bytes = 0
 
-    def hash(self, data: Buffer, stream: StreamHash | None = None) -> None:
-        """With `stream`, that goes on by the same bytes, in the same pass."""
-        self._tree.append(self._leaves.update(data, stream))
+    def hash(self, data: Buffer, stream: StreamHash | None = None, streamed: Buffer | None = None) -> None:
+        """With `stream`, that goes on in the same pass, by the same bytes or by `streamed`."""
+        self._tree.append(self._leaves.update(data, stream, streamed))
 
     def store(self, data: Buffer) -> None:
         self._write(data)
@@ -96,9 +98,12 @@ class Index:
 
 
 class IndexWriter(Protocol):
-    """Sees the tar through `feed`, then writes the index of what it has seen. Both raise BlockdevError."""
+    """Sees the tar through `feed`, then writes the index of what it has seen. Both raise BlockdevError.
 
-    def feed(self, data: Buffer) -> None: ...
+    What `feed` returns is what stands in the file of a format that splits the tar, and nothing in others.
+    """
+
+    def feed(self, data: Buffer) -> Buffer | None: ...
 
     def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
         """Up to the end of the data area; called once."""
@@ -110,68 +115,128 @@ class IndexWriter(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class _Area:
+    """Metadata of EROFS that is written."""
+
+    offset_bytes: int
+    root_nid: int
+    inodes: int
+
+
 class _ErofsIndexWriter:
     def __init__(self, layer_format: Format) -> None:
         self._format = layer_format
 
-    def _write(
+    def _area(self, writer: VerifiedWriter, order: Sequence[Inode], contents: Contents) -> _Area:
+        """Written, up to its end."""
+        metadata = MetadataWriter(order, self._format.block_bytes, contents)
+        area = metadata.layout()
+        writer.pad(ALIGNMENT_BYTES)
+        offset = writer.size_bytes
+        self._check_size(offset + area.size_bytes)
+        metadata.emit(writer.write, offset)
+        assert writer.size_bytes == offset + area.size_bytes, "the layout pass and the emission pass disagree"
+        return _Area(offset, area.root_nid, area.inodes)
+
+    def _index(
         self,
         writer: VerifiedWriter,
-        order: Sequence[Inode],
+        area: _Area,
         tar_size_bytes: int,
         diff_id: bytes,
         warnings: dict[str, int],
+        split: Split | None = None,
     ) -> Index:
-        block = self._format.block_bytes
-        metadata = MetadataWriter(order, block)
-        area = metadata.layout()
+        """The end of the data area."""
         writer.pad(ALIGNMENT_BYTES)
-        metadata_offset = writer.size_bytes
-        data_size = align(metadata_offset + area.size_bytes, ALIGNMENT_BYTES)
-        if data_size // block > _BLOCKS_MAX:
-            raise LimitExceeded("layer is over the 2 TiB that 32-bit block addresses reach")
-        metadata.emit(writer.write, metadata_offset, HEAD_BYTES)
-        writer.pad(ALIGNMENT_BYTES)
-        assert writer.size_bytes == data_size, "the layout pass and the emission pass disagree"
-        identity = Identity(HEAD_BYTES, tar_size_bytes, metadata_offset, diff_id, self._format.name)
-        return Index(area.inodes, warnings, self._head(identity, area.root_nid, area.inodes, data_size))
+        self._check_size(writer.size_bytes)
+        identity = Identity(HEAD_BYTES, tar_size_bytes, area.offset_bytes, diff_id, self._format.name, split)
+        return Index(area.inodes, warnings, self._head(identity, area, writer.size_bytes))
 
-    def _head(self, identity: Identity, root_nid: int, inodes: int, data_size_bytes: int) -> bytes:
+    def _check_size(self, size_bytes: int) -> None:
+        block = self._format.block_bytes
+        if align(size_bytes, ALIGNMENT_BYTES) // block > _BLOCKS_MAX:
+            raise LimitExceeded(f"layer is over the {(block << 32) >> 40} TiB that 32-bit block addresses reach")
+
+    def _head(self, identity: Identity, area: _Area, data_size_bytes: int) -> bytes:
         block = self._format.block_bytes
         superblock = erofs.Superblock(
             block_bits=block.bit_length() - 1,
-            root_nid=root_nid,
-            inodes=inodes,
+            root_nid=area.root_nid,
+            inodes=area.inodes,
             blocks=data_size_bytes // block,
             meta_block=identity.metadata_offset_bytes // block,
             uuid=layer_uuid(self._format.name, identity.diff_id),
         ).pack()
-        covered = bytearray(superblock.ljust(block, b"\0"))
+        covered = bytearray(superblock.ljust(erofs.checksummed_bytes(block), b"\0"))
         struct.pack_into("<I", covered, 4, erofs.crc32c(covered))
         return (identity.pack() + bytes(covered)).ljust(HEAD_BYTES, b"\0")
 
 
-class TarIndexWriter(_ErofsIndexWriter):
+class _TreeIndexWriter(_ErofsIndexWriter):
+    """Of the tree that the members of a tar make."""
+
     def __init__(self, layer_format: Format, limits: Limits) -> None:
         super().__init__(layer_format)
         self._tree = FileTree(limits)
-        self._scanner = TarScanner(self._tree.add, limits)
-        self.feed = self._scanner.feed
+        self._scanner = TarScanner(self._add, limits)
 
-    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+    def _add(self, member: Member) -> None:
+        self._tree.add(member)
+
+    def _finish(self) -> list[Inode]:
         self._scanner.close()
-        order = self._tree.finish()
-        warnings = {
+        return self._tree.finish()
+
+    def _warnings(self) -> dict[str, int]:
+        return {
             "dropped_xattrs": self._tree.dropped_xattrs,
             "invented_directories": self._tree.invented_directories,
             "nonzero_padding": self._scanner.dirty_padding,
         }
-        return self._write(writer, order, tar_size_bytes, diff_id, warnings)
 
     def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
         if not self._tree.invented_directories:
             return iter(())
         return directory_table.layer_table(self._tree.root, self._tree.made, diff_id)
+
+
+class TarIndexWriter(_TreeIndexWriter):
+    def feed(self, data: Buffer) -> None:
+        self._scanner.feed(data)
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        order = self._finish()
+        area = self._area(writer, order, ContentsInTar(HEAD_BYTES, self._format.block_bytes))
+        return self._index(writer, area, tar_size_bytes, diff_id, self._warnings())
+
+
+class SplitIndexWriter(_TreeIndexWriter):
+    """`waiting` gives places for what waits for the end; `read_back` reads what was written."""
+
+    def __init__(
+        self, layer_format: Format, limits: Limits, waiting: Callable[[], SpooledBytes], read_back: ReadAt
+    ) -> None:
+        super().__init__(layer_format, limits)
+        self._splitter = TarSplitter(HEAD_BYTES, waiting(), waiting())
+        self._read_back = read_back
+
+    def _add(self, member: Member) -> None:
+        super()._add(member)
+        self._splitter.member(member.data_offset_bytes, member.size_bytes)
+
+    def feed(self, data: Buffer) -> Buffer:
+        self._scanner.feed(data)
+        return self._splitter.feed(data)
+
+    def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
+        order = self._finish()
+        self._splitter.finish()
+        area = self._area(writer, order, self._splitter)
+        split = self._splitter.write(writer.write, area.offset_bytes, writer.size_bytes)
+        self._splitter.check(split, self._read_back)
+        return self._index(writer, area, tar_size_bytes, diff_id, self._warnings(), split)
 
 
 class _ParentsIndexWriter(_ErofsIndexWriter):
@@ -187,7 +252,9 @@ class _ParentsIndexWriter(_ErofsIndexWriter):
     def write(self, writer: VerifiedWriter, tar_size_bytes: int, diff_id: bytes) -> Index:
         table = bytes(self._table)
         records = directory_table.read_parents_table(lambda at, size: table[at : at + size], len(table))
-        return self._write(writer, canonical_order(parents.directories(records)), tar_size_bytes, diff_id, {})
+        order = canonical_order(parents.directories(records))
+        area = self._area(writer, order, ContentsInTar(HEAD_BYTES, self._format.block_bytes))
+        return self._index(writer, area, tar_size_bytes, diff_id, {})
 
     def directory_table(self, diff_id: bytes) -> Iterator[bytes]:
         return iter(())
@@ -213,12 +280,39 @@ class _TarfsIndexWriter:
         return iter(())
 
 
-def index_writer(layer_format: Format, limits: Limits, read_back: ReadAt | None) -> IndexWriter:
+def index_writer(layer_format: Format, limits: Limits, leaves: LeafStore, read_back: ReadAt | None) -> IndexWriter:
+    """Raises ValueError for a format that needs `read_back` without it."""
     if layer_format.name in _DIALECTS:
         return _TarfsIndexWriter(layer_format, limits, read_back)
-    if layer_format.name == PARENTS_FORMAT:
+    if layer_format.of_chain:
         return _ParentsIndexWriter(layer_format)
-    return TarIndexWriter(layer_format, limits)
+    if not layer_format.split:
+        return TarIndexWriter(layer_format, limits)
+    if read_back is None:
+        raise ValueError(f"format {layer_format.name} is not written blindly")
+    return SplitIndexWriter(layer_format, limits, leaves.beside, read_back)
+
+
+class _HandedOver:
+    """What comes of each piece of a tar, for two sinks that may have threads of their own."""
+
+    def __init__(self) -> None:
+        self._lanes: tuple[queue.SimpleQueue[Buffer | None], ...] = (queue.SimpleQueue(), queue.SimpleQueue())
+        self._ended = [False, False]
+
+    def put(self, data: Buffer | None) -> None:
+        """None: nothing comes of this piece or of any other, for making it has failed."""
+        for lane in self._lanes:
+            lane.put(data)
+
+    def take(self, lane: int) -> Buffer:
+        """Of the next piece, once it has been put."""
+        if not self._ended[lane]:
+            data = self._lanes[lane].get()
+            if data is not None:
+                return data
+            self._ended[lane] = True
+        return b""
 
 
 class LayerWriter:
@@ -226,8 +320,8 @@ class LayerWriter:
 
     `write` appends to the layer file behind its head, `write_head` puts that in front (called once,
     last, where the format has one). So each byte is written once. `leaves` holds the leaf digests.
-    `read_back` reads what `write` has written; some warnings are surer with it. `strict`: a layer
-    that would come out wrong in the guest is refused.
+    `read_back` reads what `write` has written: a format that splits the tar needs it, in others some warnings
+    are surer with it. `strict`: a layer that would come out wrong in the guest is refused.
 
     Sinks and `finish` raise FormatError, UnsupportedError and LimitExceeded, and what `write` and
     `leaves` raise.
@@ -246,33 +340,50 @@ class LayerWriter:
     ) -> None:
         self.format = layer_format
         self._write_raw, self._write_head, self._limits, self._strict = write, write_head, limits, strict
-        self._index = index_writer(layer_format, limits, read_back)
+        self._index = index_writer(layer_format, limits, leaves, read_back)
         self._tree = HashTree(leaves, layer_format.params)
         self._writer = VerifiedWriter(write, self._tree, layer_format.params)
         # The head's place is taken now; its bytes, and their digests, follow last.
-        self._writer.hash(bytes(layer_format.tar_offset_bytes))
-        self._writer.size_bytes = layer_format.tar_offset_bytes
+        self._writer.hash(bytes(layer_format.head_bytes))
+        self._writer.size_bytes = layer_format.head_bytes
+        self._tar_size_bytes = 0
+        self._handed_over = _HandedOver()
 
-    def sinks(self, stream: StreamHash | None = None) -> tuple[Callable[[Buffer], None], ...]:
-        """Independent of each other; each sees every piece of the tar once, in order.
+    def sinks(self, stream: StreamHash | None = None) -> tuple[Callable[[Buffer], object], ...]:
+        """Each sees every piece of the tar once, in order: on threads of their own, or one after the other in this
+        order. The last one hashes.
 
         With `stream`, the sha256 of the tar is computed along with the leaves: two lanes of one kernel.
         """
-        return (lambda data: self._writer.hash(data, stream), self._store, self._index.feed)
+        if self.format.split:
+            return (
+                self._split,
+                lambda data: self._writer.store(self._handed_over.take(0)),
+                lambda data: self._writer.hash(self._handed_over.take(1), stream, data),
+            )
+        return (self._read, self._writer.store, lambda data: self._writer.hash(data, stream))
 
     def feed(self, data: Buffer) -> None:
         for sink in self.sinks():
             sink(data)
 
-    def _store(self, data: Buffer) -> None:
-        self._writer.store(data)
-        if self._writer.size_bytes - self.format.tar_offset_bytes > self._limits.tar_bytes:
+    def _read(self, data: Buffer) -> Buffer | None:
+        self._tar_size_bytes += memoryview(data).nbytes
+        if self._tar_size_bytes > self._limits.tar_bytes:
             raise LimitExceeded(f"layer is over the limit of {self._limits.tar_bytes} bytes")
+        return self._index.feed(data)
+
+    def _split(self, data: Buffer) -> None:
+        placed = None
+        try:
+            placed = self._read(data)
+        finally:
+            self._handed_over.put(placed)
 
     def finish(self, diff_id: bytes) -> BuiltLayer:
         """`diff_id`: the sha256 of the tar, raw; the caller's to compute, since several formats share it."""
         params, writer = self.format.params, self._writer
-        tar_size = writer.size_bytes - self.format.tar_offset_bytes
+        tar_size = self._tar_size_bytes
         index = self._index.write(writer, tar_size, diff_id)
         warnings = {name: count for name, count in index.warnings.items() if count}
         if self._strict and not FAULTS.isdisjoint(warnings):

@@ -19,7 +19,7 @@ from typing import Final
 
 from blockdev.errors import LimitExceeded
 from blockdev.formats import erofs
-from blockdev.formats.erofs_writer import MetadataWriter
+from blockdev.formats.erofs_writer import ContentsInTar, MetadataWriter
 from blockdev.formats.file_tree import FileTree
 from blockdev.formats.layer_file import ALIGNMENT_BYTES, align, layer_uuid
 from blockdev.formats.limits import Limits
@@ -57,9 +57,10 @@ class TarMountWriter:
     def write(self, write: Callable[[Buffer], object], diff_id: bytes) -> int:
         """Front to back, once; the size in bytes, a multiple of 4096. `diff_id` gives the UUID."""
         self._scanner.close()
-        metadata = MetadataWriter(self._tree.finish(), BLOCK_BYTES)
+        contents = ContentsInTar(0, BLOCK_BYTES)
+        metadata = MetadataWriter(self._tree.finish(), BLOCK_BYTES, contents)
         area = metadata.layout()
-        size = align(_METADATA_OFFSET_BYTES + area.size_bytes, ALIGNMENT_BYTES)
+        size = contents.offset_bytes = align(_METADATA_OFFSET_BYTES + area.size_bytes, ALIGNMENT_BYTES)
         tar_blocks = -(-self._tar_size_bytes // BLOCK_BYTES)
         if size // BLOCK_BYTES + tar_blocks > _BLOCKS_MAX:
             raise LimitExceeded("layer is over the 2 TiB that 32-bit block addresses reach")
@@ -82,6 +83,6 @@ class TarMountWriter:
         head[erofs.SUPERBLOCK_OFFSET_BYTES : erofs.SUPERBLOCK_OFFSET_BYTES + BLOCK_BYTES] = superblock
         _SLOT.pack_into(head, _SLOT_OFFSET_BYTES, b"tar", tar_blocks, size // BLOCK_BYTES)
         write(bytes(head))
-        metadata.emit(write, _METADATA_OFFSET_BYTES, size)
+        metadata.emit(write, _METADATA_OFFSET_BYTES)
         write(bytes(size - _METADATA_OFFSET_BYTES - area.size_bytes))
         return size

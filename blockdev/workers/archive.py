@@ -19,15 +19,14 @@ from blockdev.workers.protocol import PIECE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class ArchiveRequest:
-    """`source_fd` stays the caller's: an upper directory, or, where `tar_size_bytes` is given, a file with a tar.
+    """`source_fd` stays the caller's: an upper directory, or, where `layer_size_bytes` is given, a layer file.
 
     `name` goes into every error. With `digests` the record has both. `latest_mtime`: see write_changeset.
     """
 
     source_fd: int
     name: str
-    tar_offset_bytes: int = 0
-    tar_size_bytes: int | None = None
+    layer_size_bytes: int | None = None
     compression: Compression = Compression.NONE
     digests: bool = False
     latest_mtime: int | None = None
@@ -91,8 +90,7 @@ async def archiving(request: ArchiveRequest) -> AsyncIterator[Archive]:
                 parameters = ArchiverParameters(
                     source_fd=request.source_fd,
                     out_fd=write_fd,
-                    tar_offset_bytes=request.tar_offset_bytes,
-                    tar_size_bytes=request.tar_size_bytes,
+                    layer_size_bytes=request.layer_size_bytes,
                     latest_mtime=request.latest_mtime,
                     compression=request.compression,
                     digests=request.digests,

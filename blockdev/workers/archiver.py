@@ -16,6 +16,8 @@ from typing import Any, Final
 from blockdev.changeset import write_changeset
 from blockdev.errors import FormatError
 from blockdev.formats.compression import Compression, Compressor, compressor
+from blockdev.formats.layer_file import open_layer_file
+from blockdev.formats.layer_reader import tar_runs
 from blockdev.formats.limits import Limits
 from blockdev.workers import protocol, sandbox
 from verity.buffers import Buffer
@@ -28,14 +30,13 @@ _ADDRESS_SPACE_BYTES: Final = 3 << 30
 class ArchiverParameters:
     """File descriptor numbers are the archiver's own.
 
-    `source_fd` is a directory, or where `tar_size_bytes` is given a file that has the tar at `tar_offset_bytes`.
+    `source_fd` is a directory, or where `layer_size_bytes` is given a layer file.
     With `digests` those of the tar and of what is written are taken.
     """
 
     source_fd: int
     out_fd: int
-    tar_offset_bytes: int
-    tar_size_bytes: int | None
+    layer_size_bytes: int | None
     latest_mtime: int | None
     compression: Compression
     digests: bool
@@ -87,9 +88,27 @@ class _Output:
             view = view[os.write(self._fd, view) :]
 
 
-def _copy(source_fd: int, offset: int, size: int, output: _Output) -> None:
+def _copy_tar(source_fd: int, layer_size: int, output: _Output) -> int:
+    """Out of a layer file, whatever its bytes are; how much it was. Raises FormatError."""
+
+    def read_at(offset: int, size: int) -> bytes:
+        piece = bytearray(size)
+        del piece[os.preadv(source_fd, [piece], offset) :]
+        return bytes(piece)
+
+    buffer, written = bytearray(protocol.PIECE_BYTES), 0
+    for run in tar_runs(open_layer_file(read_at, layer_size), read_at):
+        if isinstance(run, bytes):
+            output.write(run)
+            written += len(run)
+        else:
+            _copy(source_fd, run.offset_bytes, run.size_bytes, output, buffer)
+            written += run.size_bytes
+    return written
+
+
+def _copy(source_fd: int, offset: int, size: int, output: _Output, buffer: bytearray) -> None:
     """Raises FormatError where the file is shorter."""
-    buffer = bytearray(protocol.PIECE_BYTES)
     while size:
         piece = memoryview(buffer)[:size]
         got = os.preadv(source_fd, [piece], offset)
@@ -103,14 +122,13 @@ def _work(parameters: ArchiverParameters, packer: Compressor | None, status_fd: 
     output = _Output(parameters.out_fd, packer, digests=parameters.digests)
     entries, left_out = 0, dict[str, int]()
     try:
-        if parameters.tar_size_bytes is None:
+        if parameters.layer_size_bytes is None:
             written = write_changeset(
                 parameters.source_fd, output.write, limits=parameters.limits, latest_mtime=parameters.latest_mtime
             )
             entries, tar_size, left_out = written.entries, written.tar_size_bytes, written.left_out
         else:
-            tar_size = parameters.tar_size_bytes
-            _copy(parameters.source_fd, parameters.tar_offset_bytes, tar_size, output)
+            tar_size = _copy_tar(parameters.source_fd, parameters.layer_size_bytes, output)
         output.finish()
     except BrokenPipeError:
         # Who reads has given up and says why.

@@ -158,7 +158,7 @@ class _Blob:
 def _layer_writers(parameters: BuilderParameters) -> Iterator[tuple[StagedFile, LeafStore, LayerWriter]]:
     for output in parameters.outputs:
         layer_format = format_named(output.format)
-        staged = StagedFile(output.staged_fd, layer_format.tar_offset_bytes)
+        staged = StagedFile(output.staged_fd, layer_format.head_bytes)
         leaves = LeafStore(threshold_bytes=_LEAVES_IN_MEMORY_BYTES, spool_fd=output.spool_fd)
         yield (
             staged,
@@ -200,7 +200,7 @@ def _work(
 
     digest_is_whole = True
 
-    def whole(sink: Callable[[Buffer], None]) -> Callable[[Buffer], None]:
+    def whole(sink: Callable[[Buffer], object]) -> Callable[[Buffer], None]:
         def guarded(data: Buffer) -> None:
             nonlocal digest_is_whole
             try:
@@ -216,7 +216,7 @@ def _work(
     try:
         # One format's leaves are hashed along with the tar, where that is the cheaper way.
         along = tar_digest if ONE_PASS else None
-        hashing, *others = files[0][2].sinks(along)
+        *others, hashing = files[0][2].sinks(along)
         sinks = [whole(hashing) if along else hashing, *others]
         sinks += [sink for _, _, layer in files[1:] for sink in layer.sinks()]
         if along is None:
@@ -298,8 +298,9 @@ def _profile(parameters: BuilderParameters, status_fd: int) -> sandbox.Profile:
         bounds=sandbox.Bounds(
             address_space_bytes=limits.metadata_bytes * len(parameters.outputs) + _ADDRESS_SPACE_BYTES,
             cpu_seconds=parameters.cpu_seconds,
-            # The tar, an index that is no larger than the tree in memory, and hash trees, a fifteenth at most.
-            file_size_bytes=(limits.tar_bytes + limits.metadata_bytes) * 9 // 8 + _FILE_BEYOND_BYTES,
+            # The tar, an index that is no larger than the tree in memory, and hash trees, a fifteenth at most; where
+            # ends of files are in the index, it has gaps, at most three fifths of the tar.
+            file_size_bytes=(limits.tar_bytes + limits.metadata_bytes) * 2 + _FILE_BEYOND_BYTES,
         ),
     )
 

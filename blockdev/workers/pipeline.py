@@ -38,7 +38,7 @@ class Pipeline:
 
     """
 
-    def __init__(self, sinks: Sequence[Callable[[Buffer], None]], *, pieces: int, piece_bytes: int) -> None:
+    def __init__(self, sinks: Sequence[Callable[[Buffer], object]], *, pieces: int, piece_bytes: int) -> None:
         self._sinks = sinks
         self._free: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
         for _ in range(pieces):
@@ -72,7 +72,7 @@ class Pipeline:
         if self._error is not None:
             raise self._error
 
-    def _lane(self, sink: Callable[[Buffer], None], lane: queue.SimpleQueue[tuple[_Piece, int] | None]) -> None:
+    def _lane(self, sink: Callable[[Buffer], object], lane: queue.SimpleQueue[tuple[_Piece, int] | None]) -> None:
         failed = False
         while (item := lane.get()) is not _STOP:
             piece, size = item

@@ -27,7 +27,7 @@ from blockdev.formats.entry import Entry
 from blockdev.formats.layer_diff import Difference, Value, differences
 from blockdev.formats.layer_file import LayerFile, format_named, layer_format_named, open_layer_file
 from blockdev.formats.layer_place import place
-from blockdev.formats.layer_reader import IndexReader, at_or_below, index_reader
+from blockdev.formats.layer_reader import IndexReader, at_or_below, index_reader, pieces, tar_runs
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.parameters import Output
 from snapshotter.cli.output import ProgressBytes, printable, text_of
@@ -252,17 +252,14 @@ class _Opened:
         return index_reader(self.layer, self.read_at)
 
     def tar(self) -> Iterator[bytes]:
-        return self.pieces(self.layer.format.tar_offset_bytes, self.layer.tar_size_bytes)
+        """Raises FormatError."""
+        for run in tar_runs(self.layer, self.read_at):
+            yield from (run,) if isinstance(run, bytes) else pieces(self.read_at, run.offset_bytes, run.size_bytes)
 
-    def pieces(self, offset: int, size: int) -> Iterator[bytes]:
-        """Raises FormatError where the file ends before."""
-        end = offset + size
-        while offset < end:
-            piece = self.read_at(offset, min(_PIECE_BYTES, end - offset))
-            if not piece:
-                raise FormatError(f"layer file ends at byte {offset}")
-            yield piece
-            offset += len(piece)
+    def data(self, entry: Entry) -> Iterator[bytes]:
+        """Of a regular file. Raises FormatError where the layer file ends before."""
+        for offset, size in entry.extents():
+            yield from pieces(self.read_at, offset, size)
 
 
 @contextmanager
@@ -397,7 +394,7 @@ def inspect(path: Path, root_hash: str | None = None) -> dict[str, Any]:
             "format": layer.format.name,
             _identity_of(layer): _digest(layer.diff_id),
             "root_hash": root.hex() if root else None,
-            "tar_offset_bytes": layer.format.tar_offset_bytes,
+            "tar_offset_bytes": layer.format.head_bytes if layer.split is None else None,
             "tar_size_bytes": layer.tar_size_bytes,
             "index_offset_bytes": layer.index_offset_bytes,
             "data_size_bytes": layer.data_size_bytes,
@@ -580,7 +577,7 @@ def file_content(path: Path, name: bytes) -> Iterator[tuple[Entry, Iterator[byte
             raise NotInLayer(f"/{text_of(name)} is a symlink to {text_of(entry.link)}, which is not followed")
         if kind != stat.S_IFREG:
             raise NotInLayer(f"/{text_of(name)} is no regular file")
-        yield entry, opened.pieces(entry.data_offset_bytes, entry.size_bytes)
+        yield entry, opened.data(entry)
 
 
 def diff(before: Path, after: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Final
 
 from snapshotter.contracts.mount import Lower, Mount
 
-FORMATS: Final = frozenset({"tar-index"})
+FORMATS: Final = frozenset({"tar-index", "erofs-4k"})
 ACTIVATES: Final = True
 ENCODINGS: Final = ("",)
 ROOT_HASH_LABEL: Final = ""

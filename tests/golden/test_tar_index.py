@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from typing import Any
 import pytest
 
 from blockdev.errors import BlockdevError
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
-from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
-from blockdev.formats.limits import Limits
+from blockdev.formats.layer_writer import BuiltLayer
+from tests.chains import make
 from tests.golden import make_tars, more_tars
-from verity.hasher import LeafStore
 
 HERE = Path(__file__).parent
 FIRST: list[dict[str, Any]] = json.loads((HERE / "tar-index.json").read_text())["vectors"]
@@ -38,19 +35,8 @@ def test_every_case_has_one_vector() -> None:
 
 
 def build(tar: bytes, piece_bytes: int = 1 << 20) -> tuple[BuiltLayer, bytes]:
-    out = io.BytesIO(bytes(HEAD_BYTES))
-    out.seek(HEAD_BYTES)
-
-    def write_head(head: bytes) -> None:
-        out.getbuffer()[: len(head)] = head
-
-    leaves = LeafStore()
-    writer = LayerWriter(FORMATS["tar-index"], write=out.write, write_head=write_head, leaves=leaves, limits=Limits())
-    for at in range(0, len(tar), piece_bytes):
-        writer.feed(tar[at : at + piece_bytes])
-    built = writer.finish(hashlib.sha256(tar).digest())
-    leaves.close()
-    return built, out.getvalue()
+    made = make(tar, piece_bytes=piece_bytes)
+    return made.built, made.file
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))

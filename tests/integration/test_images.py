@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.formats.layer_file import PARENTS_FORMAT
+from blockdev.formats.layer_file import of_chain
 from tests.conftest import IMAGES
 from tests.harness import SNAPSHOTTER, Registry, check_tree, make_images, wait_for
 from tests.integration.conftest import Node, a_node
@@ -68,7 +68,7 @@ def test_every_layer_file_is_accepted(shared_node: Node, images: Path) -> None:
     """By veritysetup, from what `tardevctl layers` lists; runs after the images of this module."""
     layers = shared_node.daemon.tardevctl("layers")
     distinct = {diff_id for name in IMAGES for diff_id in promised(images, name)["diff_ids"]}
-    of_chains = [layer for layer in layers if layer["format"] == PARENTS_FORMAT]
+    of_chains = [layer for layer in layers if of_chain(layer["format"])]
     assert distinct <= {layer["diff_id"] for layer in layers if layer not in of_chains}
     # The last layer of `layers` and its likes adds to a directory without an entry for it.
     assert of_chains

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from blockdev.formats.layer_file import PARENTS_FORMAT
+from blockdev.formats.layer_file import of_chain
 from snapshotter import metastore
 from snapshotter.api.proto import snapshots_pb2, types_pb2
 from snapshotter.metastore import Layer, LayerState
@@ -62,7 +62,7 @@ def database(daemon: Daemon) -> Path:
 
 
 def of_chains(daemon: Daemon) -> list[Layer]:
-    return [layer for layer in metastore.read(database(daemon))[1] if layer.format == PARENTS_FORMAT]
+    return [layer for layer in metastore.read(database(daemon))[1] if of_chain(layer.format)]
 
 
 def parents_of(daemon: Daemon, name: str) -> str:
@@ -98,13 +98,11 @@ def test_a_container_sees_the_lower_layers_attributes(daemon: Daemon, tmp_path: 
         (layer,) = of_chains(daemon)
         assert parents_of(daemon, name) == layer.diff_id
         assert layer.shared_by == 1
-        assert [row["diff_id"] for row in daemon.tardevctl("layers") if row["format"] == PARENTS_FORMAT] == [
-            layer.diff_id
-        ]
+        assert [row["diff_id"] for row in daemon.tardevctl("layers") if of_chain(row["format"])] == [layer.diff_id]
         assert [row["parents_layer"] for row in daemon.tardevctl("snapshots")] == ["", layer.diff_id]
         expected = parents_model.layer_file([LOW, ADDS])
         assert expected is not None
-        assert (daemon.root / "layers" / PARENTS_FORMAT / expected.diff_id.hex()).read_bytes() == expected.file
+        assert (daemon.root / "layers/tar-index-parents" / expected.diff_id.hex()).read_bytes() == expected.file
         with mounted(container(client, "default/1/c", name), tmp_path / "m") as directory:
             check_attributes(directory)
             (directory / "a/z").write_text("a container may write there")
@@ -176,14 +174,14 @@ def test_it_goes_with_the_last_chain_that_needs_it(cold: Daemon) -> None:
         remove(client, other)
     sweep()
     assert not of_chains(cold)
-    assert not list((cold.root / "layers" / PARENTS_FORMAT).iterdir())
+    assert not list((cold.root / "layers/tar-index-parents").iterdir())
     assert not list((cold.root / "tables").rglob("*/*"))
     assert not cold.mounts()
 
 
 def lost(daemon: Daemon) -> Path:
     (layer,) = of_chains(daemon)
-    return daemon.root / "layers" / PARENTS_FORMAT / layer.diff_id.removeprefix("sha256:")
+    return daemon.root / "layers/tar-index-parents" / layer.diff_id.removeprefix("sha256:")
 
 
 def spoil(path: Path) -> None:

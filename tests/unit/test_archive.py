@@ -22,6 +22,8 @@ from blockdev.formats.limits import Limits
 from blockdev.workers.archive import Archive, ArchiveRecord, ArchiveRequest, archiving
 from blockdev.workers.launch import BuildRequest, run_build
 from blockdev.workers.parameters import Output
+from tests.chains import make
+from tests.golden import make_tars
 from tests.unit.test_changeset import archive as archive_here
 from tests.unit.test_sandbox import descriptors_of, limits_of, threads_of
 from tests.unit.test_workers import children, command, digest_of
@@ -87,14 +89,16 @@ async def test_compressed_it_is_the_same_tar_and_the_same_bytes_each_time(top: P
     assert (await archived(top, compression=kind))[0] == out
 
 
-async def test_part_of_a_file_is_given_back(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"head" + b"tar" * 1000 + b"tail")
-    out, record = await archived(path, tar_offset_bytes=4, tar_size_bytes=3000, digests=True)
-    assert out == b"tar" * 1000
+@pytest.mark.parametrize("layer_format", ["tar-index", "erofs-4k"])
+async def test_the_tar_of_a_layer_file_is_given_back(tmp_path: Path, layer_format: str) -> None:
+    path, tar = tmp_path / "file", make_tars.CASES["sizes"]()
+    file = make(tar, layer_format).file
+    path.write_bytes(file)
+    out, record = await archived(path, layer_size_bytes=len(file), digests=True)
+    assert out == tar
     assert record.diff_id == digest_of(out)
-    with pytest.raises(FormatError, match=r"^some changes: layer file ends at byte 3008$"):
-        await archived(path, tar_offset_bytes=4, tar_size_bytes=3005)
+    with pytest.raises(FormatError, match=r"^some changes: no valid trailer"):
+        await archived(path, layer_size_bytes=len(file) - 4096)
 
 
 async def test_an_error_names_what_it_was_about(top: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_contract_that_this_version_lacks_is_named(contract: str) -> None:
     assert all(name in message for name in CONTRACTS)
 
 
-@pytest.mark.parametrize("layer_format", ["tarfs-genpolicy", "erofs-4k", "tar_index", ""])
+@pytest.mark.parametrize("layer_format", ["tarfs-genpolicy", "erofs", "tar_index", ""])
 def test_a_format_that_this_version_lacks_is_named(layer_format: str) -> None:
     message = refused(f'[snapshotters.tardev-azl]\ncontract = "host"\nformat = "{layer_format}"\n')
     assert "snapshotters.tardev-azl" in message

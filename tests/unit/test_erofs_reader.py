@@ -17,7 +17,7 @@ from blockdev.errors import BlockdevError, FormatError, LimitExceeded
 from blockdev.formats import erofs
 from blockdev.formats.entry import Entry
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.erofs_writer import MetadataWriter
+from blockdev.formats.erofs_writer import ContentsInTar, MetadataWriter
 from blockdev.formats.file_tree import Directory, Inode
 from blockdev.formats.layer_file import Trailer
 from tests.golden import make_tars
@@ -362,7 +362,6 @@ def test_an_inode_of_no_type_is_refused(mode: int) -> None:
         {"size": 1 << 63},
         {"size": (1 << 64) - 1},
         {"size": 1 << 20},
-        {"format": 1 | INLINE << 1},
     ],
 )
 def test_data_outside_the_data_area_is_refused(fields: dict[str, int]) -> None:
@@ -601,9 +600,9 @@ def test_the_writer_refuses_what_the_count_of_xattr_bytes_cannot_say(size: int, 
     assert (len(erofs.xattr_body(node.xattrs)) <= 262_148) == fits
 
     def written() -> int:
-        writer, out = MetadataWriter([root, node], 512), bytearray()
+        writer, out = MetadataWriter([root, node], 512, ContentsInTar(4096, 512)), bytearray()
         area = writer.layout()
-        writer.emit(out.extend, 4096, 4096)
+        writer.emit(out.extend, 4096)
         assert len(out) == area.size_bytes
         return len(out)
 

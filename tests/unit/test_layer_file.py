@@ -151,7 +151,7 @@ def test_a_wrong_identity_record_is_refused(offset: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 71, 72, 1023])
 def test_a_short_identity_record_is_refused(size: int) -> None:
-    with pytest.raises(FormatError, match="no tar-index identity record"):
+    with pytest.raises(FormatError, match="no identity record"):
         Identity.unpack(IDENTITY.pack()[:size])
 
 
@@ -217,7 +217,8 @@ def test_a_trailer_with_the_right_numbers_is_taken() -> None:
         ({"version": 2}, "version 2, algorithm 1 is not known"),
         ({"version": 0}, "version 0"),
         ({"algorithm": 2}, "algorithm 2 is not known"),
-        ({"data_block": 4096}, "block sizes 4096/4096"),
+        ({"data_block": 1024}, "block sizes 1024/4096"),
+        ({"data_block": 4096}, "contradicts itself"),
         ({"hash_block": 512}, "block sizes 512/512"),
         ({"data_block": 0}, "block sizes 0/4096"),
         ({"data_block": 513}, "block sizes 513/4096"),

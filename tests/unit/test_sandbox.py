@@ -272,7 +272,7 @@ async def test_the_diff_id_is_that_of_the_tar_in_the_layer_file(probe: Probe, tm
     record = await probe("decompressor", tar)
     staged = (tmp_path / "staged").read_bytes()
     layer = open_layer_file(lambda offset, size: staged[offset : offset + size], len(staged))
-    stored = staged[layer.format.tar_offset_bytes :][: layer.tar_size_bytes]
+    stored = staged[layer.format.head_bytes :][: layer.tar_size_bytes]
     assert stored == TARS[tar]
     assert layer.diff_id is not None
     assert record.diff_id == digest_of(stored) == "sha256:" + layer.diff_id.hex()

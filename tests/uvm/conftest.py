@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 
 from blockdev.formats.layer_file import FORMATS
-from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
-from blockdev.formats.limits import Limits
+from blockdev.formats.layer_writer import BuiltLayer
+from tests.chains import make
 from tests.harness import UVM_IMAGE
 from tests.images import mkimage
 from uvm import image
 from uvm.policy import Policy, PolicyLayer, Process
 from uvm.runner import Disk, Result, run_policy
-from verity.hasher import LeafStore
 
 LISTING = Path(__file__).with_name("listing.c")
 # QEMU inherits it, and so is known for one of ours.
@@ -47,21 +46,9 @@ class Layer:
 
 
 def write_layer(tar: bytes, path: Path, layer_format: str = "tar-index") -> Layer:
-    leaves = LeafStore()
-    with path.open("wb") as file:
-        file.seek(FORMATS[layer_format].tar_offset_bytes)
-
-        def write_head(head: bytes) -> None:
-            file.seek(0)
-            file.write(head)
-
-        writer = LayerWriter(
-            FORMATS[layer_format], write=file.write, write_head=write_head, leaves=leaves, limits=Limits()
-        )
-        writer.feed(tar)
-        built = writer.finish(hashlib.sha256(tar).digest())
-    leaves.close()
-    return Layer(path, built)
+    made = make(tar, layer_format)
+    path.write_bytes(made.file)
+    return Layer(path, made.built)
 
 
 def layers_of(name: str, directory: Path) -> list[Layer]:
