@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blockdev.formats import directory_table, parents
@@ -42,6 +42,11 @@ class Made:
 
 def make(content: bytes, layer_format: str = "tar-index", piece_bytes: int = 1 << 20) -> Made:
     """Raises BlockdevError. `content`: a tar, or the table of a parents layer; fed in pieces of `piece_bytes`."""
+    return make_of([content[at : at + piece_bytes] for at in range(0, len(content), piece_bytes)], layer_format)
+
+
+def make_of(pieces: Iterable[bytes], layer_format: str, limits: Limits | None = None) -> Made:
+    """Raises BlockdevError."""
     out = io.BytesIO(bytes(HEAD_BYTES))
     out.seek(HEAD_BYTES)
 
@@ -50,13 +55,17 @@ def make(content: bytes, layer_format: str = "tar-index", piece_bytes: int = 1 <
 
     leaves = LeafStore()
     writer = LayerWriter(
-        FORMATS[layer_format], write=out.write, write_head=write_head, leaves=leaves, limits=Limits(),
+        FORMATS[layer_format], write=out.write, write_head=write_head, leaves=leaves, limits=limits or Limits(),
         read_back=lambda at, size: bytes(out.getbuffer()[at : at + size]),
     )  # fmt: skip
-    for at in range(0, len(content), piece_bytes):
-        writer.feed(content[at : at + piece_bytes])
-    built = writer.finish(hashlib.sha256(content).digest())
-    leaves.close()
+    sha256 = hashlib.sha256()
+    try:
+        for piece in pieces:
+            writer.feed(piece)
+            sha256.update(piece)
+        built = writer.finish(sha256.digest())
+    finally:
+        leaves.close()
     return Made(built, out.getvalue(), b"".join(writer.directory_table(built.diff_id)))
 
 

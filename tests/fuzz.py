@@ -18,6 +18,7 @@ import queue
 import re
 import resource
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -37,13 +38,14 @@ from zstandard import ZstdDecompressor, ZstdError
 from blockdev.errors import BlockdevError, CompressionError, FormatError, LimitExceeded
 from blockdev.formats.compression import Compression, decompress
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, Trailer
-from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
+from blockdev.formats.layer_file import Identity, Trailer
+from blockdev.formats.layer_writer import BuiltLayer
 from blockdev.formats.limits import Limits
+from blockdev.formats.tar_split import Run, tar_runs
+from tests.chains import make_of
 from tests.golden import make_tars, more_tars
 from tests.property import mutations, reference
 from tests.should_fail import make_corpus
-from verity.hasher import LeafStore
 
 FINDINGS: Final = Path(__file__).parent.parent / ".cache" / "fuzz-findings"
 SECONDS_PER_INPUT: Final = 20
@@ -52,6 +54,9 @@ OUTPUT_BYTES_MAX: Final = 64 << 20
 # The model has no bounds of its own: those that the engine may be told not to have.
 LIMITS: Final = Limits(path_bytes=1 << 30)
 _AT: Final = re.compile(r"tar header at byte (\d+) ")
+
+
+EROFS_FORMATS: Final = ("tar-index", "erofs-4k")
 
 
 class Finding(AssertionError):
@@ -65,29 +70,21 @@ class TooSlow(Exception):
 # --- the three targets; each says what became of the input
 
 
-def build(tar: bytes, cuts: list[int]) -> tuple[BuiltLayer, bytes]:
-    out, heads, leaves = bytearray(), list[bytes](), LeafStore()
-    try:
-        writer = LayerWriter(
-            FORMATS["tar-index"], write=out.extend, write_head=heads.append, leaves=leaves, limits=LIMITS
-        )
-        for start, end in zip([0, *cuts], [*cuts, len(tar)], strict=True):
-            writer.feed(tar[start:end])
-        built = writer.finish(hashlib.sha256(tar).digest())
-    finally:
-        leaves.close()
-    return built, heads[0] + bytes(out)
+def build(tar: bytes, cuts: list[int], layer_format: str = "tar-index") -> tuple[BuiltLayer, bytes]:
+    pieces = [tar[start:end] for start, end in zip([0, *cuts], [*cuts, len(tar)], strict=True)]
+    made = make_of(pieces, layer_format, LIMITS)
+    return made.built, made.file
 
 
-def check_tar(tar: bytes, cuts: list[int]) -> str:
+def check_tar(tar: bytes, cuts: list[int], layer_format: str = "tar-index") -> str:
     """The engine refuses what the model refuses, at the same header; else both write the same bytes."""
     expected: reference.Layer | reference.Refused
     try:
-        expected = reference.layer_file(tar)
+        expected = reference.layer_file(tar, layer_format)
     except reference.Refused as refused:
         expected = refused
     try:
-        built, file = build(tar, cuts)
+        built, file = build(tar, cuts, layer_format)
     except BlockdevError as error:
         if not isinstance(expected, reference.Refused):
             raise Finding(f"the engine refuses what the model takes: {type(error).__name__}: {error}") from None
@@ -115,7 +112,7 @@ def check_walk(file: bytes, expected: reference.Layer) -> None:
     inodes: dict[int, reference.Node] = {}
     for path, node in nodes.items():
         entry = found[path]
-        data = file[entry.data_offset_bytes :][: entry.size_bytes] if node.kind == "file" and node.data else b""
+        data = b"".join(file[at : at + size] for at, size in entry.extents()) if node.kind == "file" else b""
         ours = (entry.mode, entry.uid, entry.gid, entry.mtime, entry.rdev, entry.link, entry.xattrs, entry.nlink, data)
         theirs = (
             reference.FORMAT_BITS[node.kind] | node.mode, node.uid, node.gid, node.mtime, node.rdev, node.target,
@@ -192,10 +189,20 @@ def check_stream(kind: Compression, stream: bytes, piece_bytes: int) -> str:
 
 
 def check_layer(area: bytes) -> str:
+    """Its index, and what is kept of the tar."""
+
+    def read_at(offset: int, size: int) -> bytes:
+        return area[offset : offset + size]
+
     try:
-        for entry in Reader(lambda offset, size: area[offset : offset + size], len(area)).walk():
-            if entry.data_offset_bytes and entry.data_offset_bytes + entry.size_bytes > len(area):
+        for entry in Reader(read_at, len(area)).walk():
+            if stat.S_ISREG(entry.mode) and any(at + size > len(area) for at, size in entry.extents()):
                 raise Finding(f"{entry.path!r} lies outside the data area")
+        split = Identity.unpack(area[:4096]).split
+        if split is not None and split.end_bytes <= len(area):
+            for run in tar_runs(split, read_at):
+                if isinstance(run, Run) and run.offset_bytes + run.size_bytes > len(area):
+                    raise Finding("a piece of the tar lies outside the data area")
     except (FormatError, LimitExceeded):
         return "refused"
     return "accepted"
@@ -218,12 +225,13 @@ def layers() -> list[tuple[bytes, int]]:
     """Layer files with the sizes of their data areas."""
     found = []
     for tar in seeds():
-        try:
-            file = build(tar, [])[1]
-        except BlockdevError:
-            continue
-        if len(file) < 60_000:
-            found.append((file, Trailer.unpack(file[-4096:]).data_size_bytes))
+        for layer_format in EROFS_FORMATS:
+            try:
+                file = build(tar, [], layer_format)[1]
+            except BlockdevError:
+                continue
+            if len(file) < 60_000:
+                found.append((file, Trailer.unpack(file[-4096:]).data_size_bytes))
     return found
 
 
@@ -245,7 +253,7 @@ def make_tar(rng: Random) -> bytes:
 
 def cut_tar(tar: bytes, rng: Random) -> str:
     cuts = sorted(rng.randrange(len(tar) + 1) for _ in range(rng.choice([0, 1, 4, 20])))
-    return check_tar(tar, cuts)
+    return check_tar(tar, cuts, rng.choice(EROFS_FORMATS))
 
 
 def make_stream(kind: Compression, rng: Random) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vectors of parents.json, by the model that was written from the document; the engine has no part in it.
+"""Vectors of parents.json and parents-4k.json, by the model of the document; the engine has no part in it.
 
 usage: python -m tests.golden.make_parents   -> adds those that are missing; what is there is never changed
 """
@@ -15,9 +15,12 @@ from tests.golden.make_tars import EOA, PX, D, F, S
 from tests.golden.make_vectors import known
 from tests.property import parents_model
 
-VECTORS: Final = Path(__file__).parent / "parents.json"
+VECTORS: Final = {
+    "tar-index": Path(__file__).parent / "parents.json",
+    "erofs-4k": Path(__file__).parent / "parents-4k.json",
+}
 ABOUT: Final = (
-    "tar-index-parents v1: chains of tars, the first layer first, and the parents layer that each needs, or none; tars "
+    "%s-parents v1: chains of tars, the first layer first, and the parents layer that each needs, or none; tars "
     "come from make_parents.py; written by tests/property/parents_model.py; test_parents.py holds them against the "
     'engine, the kernel, "fsck.erofs" and "veritysetup"'
 )
@@ -99,10 +102,10 @@ def tars_of(name: str) -> list[bytes]:
     return [tar + EOA for tar in CHAINS[name]]
 
 
-def vector_of(name: str) -> dict[str, Any]:
+def vector_of(name: str, of: str) -> dict[str, Any]:
     tars = tars_of(name)
     vector: dict[str, Any] = {"name": name, "tar_sha256": [hashlib.sha256(tar).hexdigest() for tar in tars]}
-    layer = parents_model.layer_file(tars)
+    layer = parents_model.layer_file(tars, of)
     if layer is None:
         return {**vector, "needs": "none"}
     return {
@@ -118,11 +121,14 @@ def vector_of(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    vectors = known(VECTORS)
-    for name in CHAINS:
-        if name not in vectors:
-            vectors[name] = vector_of(name)
-    VECTORS.write_text(json.dumps({"about": ABOUT, "vectors": list(vectors.values())}, indent=1) + "\n")
+    for of, path in VECTORS.items():
+        vectors = known(path)
+        for name in CHAINS:
+            if name not in vectors:
+                vectors[name] = vector_of(name, of)
+        path.write_text(
+            json.dumps({"about": ABOUT.replace("%s", of), "vectors": list(vectors.values())}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

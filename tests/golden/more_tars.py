@@ -641,3 +641,59 @@ def mt_made_root() -> bytes:
         + hdr(b"./.", b"3", dev=(5000, 0))
         + EOA
     )
+
+
+# ---------------------------------------------------------------- erofs-4k: bodies, tails, the rest
+
+
+@case
+def ek_sizes_around_a_block() -> bytes:
+    """The longest tail that is inlined, and the shortest that is not; bodies with and without zeros behind them."""
+    sizes = (1, 4031, 4032, 4033, 4095, 4096, 4097, 8127, 8128, 8129, 8191, 8192, 12289)
+    return bytes(b"".join(F(b"s%05d" % size, prng(size, b"%d" % size)) for size in sizes) + EOA)
+
+
+@case
+def ek_tails_behind_xattrs() -> bytes:
+    """Xattrs that leave no room in the block of the inode, or just so; others come with a hardlink, after the data."""
+    members = b""
+    for value in (1, 2000, 3940, 3941, 3942, 4000, 4093, 8000, 60000):
+        for size in (1, 60, 3000, 4032):
+            members += PX(xattr(b"user.a", b"v" * value)) + F(b"v%05d-%d" % (value, size), prng(size, b"%d" % value))
+    members += F(b"later", prng(5000)) + PX(xattr(b"user.b", b"w" * 5000)) + H(b"link", b"later")
+    return bytes(members + EOA)
+
+
+@case
+def ek_tails_that_no_file_has() -> bytes:
+    """Data of members that are replaced, marks, or the root; and of what is below a directory that goes."""
+    return bytes(
+        F(b"twice", prng(4100, b"1")) + F(b"twice", prng(50, b"2")) + F(b".wh.gone", prng(4099, b"3"))
+        + F(b"d/.wh..wh..opq", prng(9, b"4")) + F(b"./", prng(8200, b"5")) + F(b"sub/a", prng(10, b"6"))
+        + F(b"sub/b", prng(4096)) + F(b"sub", b"now a file") + F(b"twice/", prng(7, b"7"))
+        + F(b"kept", prng(6000, b"8")) + EOA
+    )  # fmt: skip
+
+
+@case
+def ek_the_rest() -> bytes:
+    """Runs of seven and of eight zeros, over the multiples of 512; padding that is not zero; all behind the end."""
+    members = hdr(b"dirty", b"0", 3) + b"abc" + b"\1" + bytes(7) + b"\2" + bytes(8) + b"\3" + bytes(491)
+    end = bytes(7) + b"\4" + bytes(8) + b"\5" + prng(40) + bytes(500) + b"\6" + bytes(1030) + b"\7" + bytes(3)
+    return bytes(members + F(b"f", prng(600)) + EOA + end)
+
+
+@case
+def ek_ends_with_data() -> bytes:
+    """No padding and no end mark: the last byte of the tar is one of a tail."""
+    return bytes(F(b"a", prng(5000)) + hdr(b"b", b"0", 4100) + prng(4100))
+
+
+@case
+def ek_ends_with_a_body() -> bytes:
+    return bytes(hdr(b"b", b"0", 4096) + prng(4096))
+
+
+@case
+def ek_nothing_but_rest() -> bytes:
+    return bytes(D(b"d/") + S(b"s", b"d") + F(b"empty") + EOA)

@@ -856,7 +856,8 @@ def vectors() -> list[tuple[bytes, dict[str, Any]]]:
 
 def chains() -> list[tuple[list[bytes], dict[str, Any]]]:
     return [
-        (make_parents.tars_of(vector["name"]), vector) for vector in make_vectors.known(make_parents.VECTORS).values()
+        (make_parents.tars_of(vector["name"]), vector)
+        for vector in make_vectors.known(make_parents.VECTORS["tar-index"]).values()
     ]
 
 

@@ -14,35 +14,40 @@ from typing import Any, Final
 
 import pytest
 
+from blockdev.formats.layer_file import FORMATS
 from blockdev.kernel import mounts
-from tests.golden.test_tar_index import MORE, build, tar_of
+from tests.chains import make
+from tests.golden import test_erofs_4k, test_tar_index
+from tests.golden.test_tar_index import tar_of
 from tests.harness import EROFS_UTILS, erofs_tool
 from tests.property import reference
 from verity import veritysetup
-from verity.params import PRESETS
 from verity.tree import Geometry
 
 pytestmark = [pytest.mark.root, pytest.mark.tool]
 
-TAKEN: Final = [vector for vector in MORE if "refused" not in vector]
+TAKEN: Final = [
+    pytest.param(layer_format, vector, id=f"{layer_format}-{vector['name']}")
+    for layer_format, vectors in (("tar-index", test_tar_index.MORE), ("erofs-4k", test_erofs_4k.VECTORS))
+    for vector in vectors
+    if "refused" not in vector
+]
 
-
-def parametrized(vectors: list[dict[str, Any]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("vector", vectors, ids=lambda vector: str(vector["name"]))
+golden = pytest.mark.parametrize(("layer_format", "vector"), TAKEN)
 
 
 @pytest.fixture
-def layer(vector: dict[str, Any], tmp_path: Path) -> Path:
+def layer(layer_format: str, vector: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "layer"
-    path.write_bytes(build(tar_of(vector["name"]))[1])
+    path.write_bytes(make(tar_of(vector["name"]), layer_format).file)
     return path
 
 
 @pytest.fixture
-def mounted(layer: Path, tmp_path: Path) -> Iterator[Path]:
+def mounted(layer_format: str, layer: Path, tmp_path: Path) -> Iterator[Path]:
     target = tmp_path / "mounted"
     target.mkdir()
-    mounts.mount_erofs(layer, target, 512)
+    mounts.mount_erofs(layer, target, FORMATS[layer_format].block_bytes)
     try:
         yield target
     finally:
@@ -70,7 +75,7 @@ def seen(path: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.erofs
-@parametrized(TAKEN)
+@golden
 def test_the_kernel_sees_the_tree_of_the_model(vector: dict[str, Any], mounted: Path) -> None:
     root = reference.read_tar(tar_of(vector["name"]))
     nodes, counts = reference.flat(root), reference.link_counts(root)
@@ -94,14 +99,15 @@ def test_the_kernel_sees_the_tree_of_the_model(vector: dict[str, Any], mounted: 
         assert inodes.setdefault(os.lstat(base + b"/" + path).st_ino, node) is node
 
 
-@parametrized(TAKEN)
-def test_veritysetup_takes_the_tree(vector: dict[str, Any], layer: Path) -> None:
-    geometry = Geometry(vector["data_size"] // 512, PRESETS["tar-index"])
+@golden
+def test_veritysetup_takes_the_tree(layer_format: str, vector: dict[str, Any], layer: Path) -> None:
+    params = FORMATS[layer_format].params
+    geometry = Geometry(vector["data_size"] // params.data_block_bytes, params)
     veritysetup.verify(str(layer), geometry, bytes.fromhex(vector["root_hash"]))
 
 
 @pytest.mark.skipif(not EROFS_UTILS.exists(), reason="no erofs-utils 1.9; ./dev setup brings it")
-@parametrized(TAKEN)
+@golden
 def test_fsck_extracts_the_tree_of_the_model(vector: dict[str, Any], layer: Path, tmp_path: Path) -> None:
     nodes = reference.flat(reference.read_tar(tar_of(vector["name"])))
     extracted = tmp_path / "extracted"

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 
+from blockdev.formats.layer_file import FORMATS
 from blockdev.kernel import mounts
 from tests.chains import make, parents_layer
 from tests.golden.make_parents import CHAINS, VECTORS, tars_of
@@ -18,26 +19,28 @@ from tests.golden.make_vectors import known
 from tests.harness import EROFS_UTILS, erofs_tool
 from tests.property import parents_model
 from verity import veritysetup
-from verity.params import PRESETS
 from verity.tree import Geometry
 
-ALL: Final = list(known(VECTORS).values())
-NEEDED: Final = [vector for vector in ALL if "needs" not in vector]
+ALL: Final = [(of, vector) for of, path in VECTORS.items() for vector in known(path).values()]
+NEEDED: Final = [(of, vector) for of, vector in ALL if "needs" not in vector]
 
 
-def parametrized(vectors: list[dict[str, Any]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("vector", vectors, ids=lambda vector: str(vector["name"]))
+def parametrized(vectors: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
+    """`of`: the format of the layers."""
+    cases = [pytest.param(of, vector, id=f"{of}-{vector['name']}") for of, vector in vectors]
+    return pytest.mark.parametrize(("of", "vector"), cases)
 
 
 def test_every_chain_has_one_vector() -> None:
-    assert [vector["name"] for vector in ALL] == list(CHAINS)
+    for path in VECTORS.values():
+        assert list(known(path)) == list(CHAINS)
 
 
 @parametrized(ALL)
-def test_vector(vector: dict[str, Any]) -> None:
+def test_vector(of: str, vector: dict[str, Any]) -> None:
     tars = tars_of(vector["name"])
     assert [hashlib.sha256(tar).hexdigest() for tar in tars] == vector["tar_sha256"], "the generator changed"
-    layer = parents_layer([make(tar) for tar in tars])
+    layer = parents_layer([make(tar, of) for tar in tars])
     if layer is None:
         assert vector["needs"] == "none"
         return
@@ -52,8 +55,8 @@ def test_vector(vector: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def file(vector: dict[str, Any], tmp_path: Path) -> Path:
-    made = parents_layer([make(tar) for tar in tars_of(vector["name"])])
+def file(of: str, vector: dict[str, Any], tmp_path: Path) -> Path:
+    made = parents_layer([make(tar, of) for tar in tars_of(vector["name"])])
     assert made is not None
     (tmp_path / "layer").write_bytes(made.file)
     return tmp_path / "layer"
@@ -72,10 +75,12 @@ def carried(vector: dict[str, Any]) -> dict[bytes, parents_model.Attributes]:
 @pytest.mark.root
 @pytest.mark.erofs
 @parametrized(NEEDED)
-def test_the_kernel_sees_the_directories_of_the_model(vector: dict[str, Any], file: Path, tmp_path: Path) -> None:
+def test_the_kernel_sees_the_directories_of_the_model(
+    of: str, vector: dict[str, Any], file: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "mounted"
     target.mkdir()
-    mounts.mount_erofs(file, target, 512)
+    mounts.mount_erofs(file, target, FORMATS[of].block_bytes)
     try:
         base, found = os.fsencode(target), {}
         for directory, _, files in os.walk(base):
@@ -94,8 +99,9 @@ def test_the_kernel_sees_the_directories_of_the_model(vector: dict[str, Any], fi
 
 @pytest.mark.tool
 @parametrized(NEEDED)
-def test_veritysetup_takes_the_tree(vector: dict[str, Any], file: Path) -> None:
-    geometry = Geometry(vector["data_size"] // 512, PRESETS["tar-index"])
+def test_veritysetup_takes_the_tree(of: str, vector: dict[str, Any], file: Path) -> None:
+    params = FORMATS[of].params
+    geometry = Geometry(vector["data_size"] // params.data_block_bytes, params)
     veritysetup.verify(str(file), geometry, bytes.fromhex(vector["root_hash"]))
 
 

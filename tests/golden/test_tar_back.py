@@ -11,15 +11,27 @@ import pytest
 
 from blockdev.formats.layer_writer import BuiltLayer
 from snapshotter.cli import layer as cli_layer
-from tests.golden import make_tars, more_tars, test_tar_index, test_tarfs
+from tests.chains import make
+from tests.golden import make_tars, more_tars, test_erofs_4k, test_tar_index, test_tarfs
+
+
+def build_4k(tar: bytes) -> tuple[BuiltLayer, bytes]:
+    made = make(tar, "erofs-4k")
+    return made.built, made.file
+
 
 BUILDS: dict[str, Callable[[bytes], tuple[BuiltLayer, bytes]]] = {
     "tar-index": test_tar_index.build,
+    "erofs-4k": build_4k,
     "tarfs": test_tarfs.build,
 }
 CASES = [
     pytest.param(layer_format, vector["name"], id=f"{layer_format}-{vector['name']}")
-    for layer_format, vectors in (("tar-index", test_tar_index.VECTORS), ("tarfs", test_tarfs.VECTORS))
+    for layer_format, vectors in (
+        ("tar-index", test_tar_index.VECTORS),
+        ("erofs-4k", test_erofs_4k.VECTORS),
+        ("tarfs", test_tarfs.VECTORS),
+    )
     for vector in vectors
     if "refused" not in vector
 ]

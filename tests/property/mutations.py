@@ -591,7 +591,8 @@ def pieces(rng: Random, data: bytes) -> list[bytes]:
 
 def mutate_layer(rng: Random, file: bytes, data_size: int) -> bytes:
     """The data area, changed where the reader looks; its superblock's checksum put right, mostly."""
-    start = struct.unpack_from("<I", file, 1024 + 40)[0] * 512
+    block = 1 << file[1024 + 12]
+    start = struct.unpack_from("<I", file, 1024 + 40)[0] * block
     out = bytearray(file[:data_size])
     for _ in range(rng.randrange(1, 6)):
         action = rng.randrange(4)
@@ -619,5 +620,5 @@ def mutate_layer(rng: Random, file: bytes, data_size: int) -> bytes:
     out = out.ljust(data_size, b"\0")
     if not chance(rng, 20):
         out[1028:1032] = bytes(4)
-        struct.pack_into("<I", out, 1028, erofs.crc32c(out[1024:1536]))
+        struct.pack_into("<I", out, 1028, erofs.crc32c(out[1024:][: erofs.checksummed_bytes(block)]))
     return bytes(out)

@@ -111,8 +111,8 @@ def table(tars: Sequence[bytes]) -> bytes:
     return b"PARENTS\0" + little(1, 4) + little(len(carried), 4) + records if carried else b""
 
 
-def layer_file(tars: Sequence[bytes]) -> reference.Layer | None:
-    """The parents layer of a chain; None where it needs none."""
+def layer_file(tars: Sequence[bytes], of: str = "tar-index") -> reference.Layer | None:
+    """The parents layer of a chain of layers in the format `of`; None where it needs none."""
     packed = table(tars)
     if not packed:
         return None
@@ -127,7 +127,8 @@ def layer_file(tars: Sequence[bytes]) -> reference.Layer | None:
         node.xattrs = dict(true.xattrs)
         if path:
             at[path[:-1]].children[path[-1]] = node
-    return reference.laid_out(packed, root, b"TARPARNT", b"tar-index-parents")
+    magic, block = {"tar-index": (b"TARPARNT", 512), "erofs-4k": (b"EROFS4KP", 4096)}[of]
+    return reference.laid_out(packed, root, magic, b"%s-parents" % of.encode(), block)
 
 
 def identity(tars: Sequence[bytes]) -> str:

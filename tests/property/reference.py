@@ -2,15 +2,16 @@
 """docs/formats.md once more: the whole tar in memory, one rule after the other, no thought of speed.
 
 `read_tar` gives the tree of "Reading the tar stream" or refuses; `layer_file` gives the bytes of "File
-map" to "Trailer" for it. Written from the document, and it shares no code with blockdev and verity: what
-both agree on is what the document says, or an error that was made twice. Bounds that are the
-program's own are not in here.
+map" to "Trailer" for it, or those of "The format `erofs-4k`". Written from the document, and it shares no
+code with blockdev and verity: what both agree on is what the document says, or an error that was made twice.
+Bounds that are the program's own are not in here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -161,8 +162,8 @@ def time(value: bytes) -> tuple[int, int]:
 # ---------------------------------------------------------------- The stream
 
 
-def read_tar(tar: bytes) -> Node:
-    """The root of the tree, marks evaluated. Raises Refused."""
+def read_tar(tar: bytes, data_at: list[tuple[int, int]] | None = None) -> Node:
+    """The root of the tree, marks evaluated. Raises Refused. Into `data_at`: offset and size of all file data."""
     tree = Tree()
     at = 0
     pax: dict[bytes, bytes] = {}
@@ -262,6 +263,8 @@ def read_tar(tar: bytes) -> Node:
             tree.add(Member(what, name, link, mode & 0o7777, uid, gid, mtime, rdev, size, at + 512, xattrs), data)
             if len(data) < size:
                 raise Cut
+            if size and data_at is not None:
+                data_at.append((at + 512, size))
         except Cut:
             raise Refused("cut short") from None
         except Refused as refused:
@@ -554,12 +557,12 @@ def canonical_order(root: Node) -> list[Node]:
     return order
 
 
-def dirent_blocks(directory: Node, parent: Node, nids: dict[int, int]) -> list[bytes]:
+def dirent_blocks(directory: Node, parent: Node, nids: dict[int, int], block: int) -> list[bytes]:
     """Each without the zeros at its end. Names and sizes do not depend on the nids."""
     entries = {b".": directory, b"..": parent, **directory.children}
     groups: list[list[bytes]] = [[]]
     for name in sorted(entries):
-        if sum(12 + len(other) for other in [*groups[-1], name]) > 512:
+        if sum(12 + len(other) for other in [*groups[-1], name]) > block:
             groups.append([])
         groups[-1].append(name)
     blocks = []
@@ -574,8 +577,19 @@ def dirent_blocks(directory: Node, parent: Node, nids: dict[int, int]) -> list[b
     return blocks
 
 
-def metadata(root: Node, tar_size: int) -> tuple[bytes, int, int]:
-    """(the area, nid of the root, number of inodes)."""
+def tail_of(data: bytes) -> bytes:
+    """Of `erofs-4k`: the end of a file that is not in its body."""
+    size = len(data) % 4096
+    return data[len(data) - size :] if 1 <= size <= 4032 else b""
+
+
+def metadata(
+    root: Node, meta_off: int, block: int, first_block: Callable[[Node], int], *, tails: bool
+) -> tuple[bytes, int, int, dict[int, int]]:
+    """(the area, nid of the root, number of inodes, places of tails in the area by the identity of the node).
+
+    `first_block`: of a file's data; `tails`: their ends are inlined.
+    """
     order = canonical_order(root)
     parents = {id(root): root}
     for node in order:
@@ -583,45 +597,48 @@ def metadata(root: Node, tar_size: int) -> tuple[bytes, int, int]:
             if child.kind == "directory":
                 parents[id(child)] = node
     counts = link_counts(root)
-    meta_block = align(4096 + tar_size, 4096) // 512
 
     def contents(node: Node, nids: dict[int, int]) -> tuple[bytes, bytes, int]:
         """(block data, inlined tail, i_size)."""
         base = 64 + len(xattr_body(node.xattrs))
         if node.kind == "directory":
-            blocks = dirent_blocks(node, parents[id(node)], nids)
-            size = (len(blocks) - 1) * 512 + len(blocks[-1])
-            tail = blocks.pop() if base + len(blocks[-1]) <= 512 else b""
-            return b"".join(block.ljust(512, b"\0") for block in blocks), tail, size
+            blocks = dirent_blocks(node, parents[id(node)], nids, block)
+            size = (len(blocks) - 1) * block + len(blocks[-1])
+            tail = blocks.pop() if base + len(blocks[-1]) <= block else b""
+            return b"".join(each.ljust(block, b"\0") for each in blocks), tail, size
         if node.kind == "symlink":
-            if base + len(node.target) <= 512:
+            if base + len(node.target) <= block:
                 return b"", node.target, len(node.target)
-            return node.target.ljust(align(len(node.target), 512), b"\0"), b"", len(node.target)
-        return b"", b"", len(node.data)
+            return node.target.ljust(align(len(node.target), block), b"\0"), b"", len(node.target)
+        return b"", tail_of(node.data) if tails else b"", len(node.data)
 
     # Places first: they need only the sizes.
     position, places = 64, []
     for node in order:
         _, tail, _ = contents(node, {})
-        length = 64 + len(xattr_body(node.xattrs)) + len(tail)
+        base = 64 + len(xattr_body(node.xattrs))
+        length = base + len(tail)
         position = align(position, 64)
-        if tail and position // 512 != (position + length - 1) // 512:
-            position = align(position, 512)
+        if tail and length <= block and position // block != (position + length - 1) // block:
+            position = align(position, block)
+        while length > block and tail and (position + base) // block != (position + length - 1) // block:
+            position += 64
         places.append(position)
         position += length
     nids = {id(node): place // 32 for node, place in zip(order, places, strict=True)}
 
-    area = bytearray(align(position, 512))
+    area, tail_places = bytearray(align(position, block)), dict[int, int]()
     for number_, (node, place) in enumerate(zip(order, places, strict=True), 1):
         outside, tail, size = contents(node, nids)
         body = xattr_body(node.xattrs)
         if node.kind == "file":
-            i_u = 8 + node.data_offset // 512 if node.data else 0
+            i_u = first_block(node) if len(node.data) > len(tail) else 0
+            tail_places[id(node)] = place + 64 + len(body)
         elif node.kind in ("char", "block"):
             major, minor = node.rdev
             i_u = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
         elif outside:
-            i_u = meta_block + len(area) // 512
+            i_u = (meta_off + len(area)) // block
         else:
             i_u = 0
         record = (
@@ -634,7 +651,7 @@ def metadata(root: Node, tar_size: int) -> tuple[bytes, int, int]:
         whole = record + body + tail
         area[place : place + len(whole)] = whole
         area += outside
-    return bytes(area), nids[id(root)], len(order)
+    return bytes(area), nids[id(root)], len(order), tail_places
 
 
 # ---------------------------------------------------------------- Head, verity, trailer
@@ -649,14 +666,14 @@ def crc32c(data: bytes) -> int:
     return crc
 
 
-def uuid(diff_id: bytes, name: bytes = b"tar-index") -> bytes:
+def uuid(diff_id: bytes, name: bytes) -> bytes:
     found = bytearray(hashlib.sha256(b"tar-index:v1:" + name + b":" + diff_id).digest()[:16])
     found[6] = 0x80 | found[6] & 0x0F
     found[8] = 0x80 | found[8] & 0x3F
     return bytes(found)
 
 
-def verity_tree(data: bytes) -> tuple[bytes, bytes, int]:
+def verity_tree(data: bytes, data_block: int) -> tuple[bytes, bytes, int]:
     """(tree, root hash, levels)."""
 
     def digests(blocks: bytes, size: int) -> bytes:
@@ -664,7 +681,7 @@ def verity_tree(data: bytes) -> tuple[bytes, bytes, int]:
             hashlib.sha256(bytes(32) + blocks[at : at + size]).digest() for at in range(0, len(blocks), size)
         )
 
-    level = digests(data, 512)
+    level = digests(data, data_block)
     levels = []
     while True:
         levels.append(level.ljust(align(len(level), 4096), b"\0"))
@@ -683,36 +700,114 @@ class Layer:
     inodes: int
 
 
-def layer_file(tar: bytes) -> Layer:
+def layer_file(tar: bytes, name: str = "tar-index") -> Layer:
     """Raises Refused."""
-    return laid_out(tar, read_tar(tar), b"TARINDEX", b"tar-index")
+    return laid_out(tar, read_tar(tar), b"TARINDEX", b"tar-index", 512) if name == "tar-index" else split_up(tar)
 
 
-def laid_out(tar: bytes, root: Node, magic: bytes, name: bytes) -> Layer:
-    """From "File map" on; `tar`: what the head is followed by."""
+def laid_out(content: bytes, root: Node, magic: bytes, name: bytes, block: int) -> Layer:
+    """From "File map" on; `content`: what the head is followed by, a tar or the table of a parents layer."""
+    diff_id = hashlib.sha256(content).digest()
+    meta_off = align(4096 + len(content), 4096)
+    area, root_nid, inodes, _ = metadata(
+        root, meta_off, block, lambda node: (4096 + node.data_offset) // block, tails=False
+    )
+    identity = magic + little(1, 4) + little(0, 4) + little(4096, 8) + little(len(content), 8) + little(meta_off, 8)
+    body = content.ljust(meta_off - 4096, b"\0") + area
+    return finished(identity + diff_id, body, root, name, block, meta_off, (root_nid, inodes))
+
+
+def split_up(tar: bytes) -> Layer:
+    """As "The format `erofs-4k`" has it. Raises Refused."""
+    data_at: list[tuple[int, int]] = []
+    root = read_tar(tar, data_at)
     diff_id = hashlib.sha256(tar).digest()
-    area, root_nid, inodes = metadata(root, len(tar))
-    meta_off = align(4096 + len(tar), 4096)
-    data_size = align(meta_off + len(area), 4096)
-    blocks = data_size // 512
+    bodies, blocks = b"", dict[int, int]()
+    for at, size in data_at:
+        data = tar[at : at + size]
+        blocks[at] = 1 + len(bodies) // 4096
+        bodies += data[: size - len(tail_of(data))]
+        bodies = bodies.ljust(align(len(bodies), 4096), b"\0")
+    meta_off = 4096 + len(bodies)
+    area, root_nid, inodes, tail_places = metadata(
+        root, meta_off, 4096, lambda node: blocks[node.data_offset], tails=True
+    )
+    keep_off = meta_off + len(area)
+    files = {node.data_offset: node for node in flat(root).values() if node.kind == "file" and node.data}
 
-    identity = magic + little(1, 4) + little(0, 4) + little(4096, 8) + little(len(tar), 8) + little(meta_off, 8)
-    identity += diff_id
+    lost = places = instructions = b""
+    rest_from = 0
+    for at, size in [*data_at, (len(tar), 0)]:
+        while rest_from < at:
+            stop = min(at, align(rest_from + 1, 512))
+            instructions += rest(tar[rest_from:stop])
+            rest_from = stop
+        rest_from = at + size
+        tail = tail_of(tar[at : at + size])
+        if size > len(tail):
+            instructions += leb128((size - len(tail)) * 4 + 2)
+        if tail:
+            instructions += leb128(len(tail) * 4 + 3)
+            if at in files:
+                places += little(meta_off + tail_places[id(files[at])], 8)
+            else:
+                places += little(keep_off + len(lost), 8)
+                lost += tail
+
+    identity = b"EROFS-4K" + little(1, 4) + little(0, 4) + little(4096, 8) + little(len(tar), 8) + little(meta_off, 8)
+    identity += diff_id + little(keep_off, 8) + little(len(lost), 8) + little(len(places) // 8, 8)
+    identity += little(len(instructions), 8)
+    body = bodies + area + lost + places + instructions
+    return finished(identity, body, root, b"erofs-4k", 4096, meta_off, (root_nid, inodes))
+
+
+def rest(piece: bytes) -> bytes:
+    """Instructions for bytes that are no file data."""
+    made = b""
+    while piece:
+        zeros = len(piece) - len(piece.lstrip(b"\0"))
+        if zeros >= 8:
+            made += leb128(zeros * 4 + 1)
+            piece = piece[zeros:]
+        else:
+            following = piece.find(bytes(8))
+            literal = piece if following < 0 else piece[:following]
+            made += leb128(len(literal) * 4) + literal
+            piece = piece[len(literal) :]
+    return made
+
+
+def leb128(value: int) -> bytes:
+    made = [value & 0x7F]
+    while value := value >> 7:
+        made[-1] |= 0x80
+        made.append(value & 0x7F)
+    return bytes(made)
+
+
+def finished(
+    identity: bytes, body: bytes, root: Node, name: bytes, block: int, meta_off: int, counted: tuple[int, int]
+) -> Layer:
+    """`body`: what stands behind the head; `counted`: nid of the root, number of inodes."""
+    diff_id = identity[40:72]
+    root_nid, inodes = counted
+    data_size = align(4096 + len(body), 4096)
+    blocks = data_size // block
     superblock = (
-        little(0xE0F5E1E2, 4) + bytes(4) + little(3, 4) + bytes([9, 0]) + little(root_nid, 2) + little(inodes, 8)
-        + bytes(12) + little(blocks, 4) + little(meta_off // 512, 4) + bytes(4) + uuid(diff_id, name)
-    ).ljust(512, b"\0")  # fmt: skip
+        little(0xE0F5E1E2, 4) + bytes(4) + little(3, 4) + bytes([{512: 9, 4096: 12}[block], 0]) + little(root_nid, 2)
+        + little(inodes, 8) + bytes(12) + little(blocks, 4) + little(meta_off // block, 4) + bytes(4)
+        + uuid(diff_id, name)
+    ).ljust({512: 512, 4096: 3072}[block], b"\0")  # fmt: skip
     superblock = superblock[:4] + little(crc32c(superblock), 4) + superblock[8:]
     head = (identity.ljust(1024, b"\0") + superblock).ljust(4096, b"\0")
-    data = (head + tar).ljust(meta_off, b"\0") + area
-    data = data.ljust(data_size, b"\0")
+    data = (head + body).ljust(data_size, b"\0")
 
-    tree, root_hash, levels = verity_tree(data)
+    tree, root_hash, levels = verity_tree(data, block)
     trailer = (
-        b"TARIDXTR" + little(1, 4) + little(1, 4) + little(512, 4) + little(4096, 4) + little(blocks, 8)
+        b"TARIDXTR" + little(1, 4) + little(1, 4) + little(block, 4) + little(4096, 4) + little(blocks, 8)
         + little(data_size, 8) + little(len(tree), 8) + little(levels, 8) + root_hash + diff_id
     )  # fmt: skip
     assert len(trailer) == 120
     trailer = (trailer + hashlib.sha256(trailer).digest()).ljust(3584, b"\0")
-    trailer = (trailer + little(512, 4) + little(4096, 4) + little(blocks, 8)).ljust(4096, b"\0")
+    trailer = (trailer + little(block, 4) + little(4096, 4) + little(blocks, 8)).ljust(4096, b"\0")
     return Layer(data + tree + trailer, root, diff_id, root_hash, data_size, inodes)

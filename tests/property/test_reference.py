@@ -49,9 +49,10 @@ def test_the_model_writes_the_golden_layers(vector: dict[str, Any]) -> None:
     assert hashlib.sha256(layer.file).hexdigest() == vector["file_sha256"]
 
 
+@pytest.mark.parametrize("layer_format", fuzz.EROFS_FORMATS)
 @pytest.mark.parametrize("name", CASES)
-def test_both_agree_on_every_golden_tar(name: str) -> None:
-    fuzz.check_tar(bytes(CASES[name]()), [])
+def test_both_agree_on_every_golden_tar(name: str, layer_format: str) -> None:
+    fuzz.check_tar(bytes(CASES[name]()), [], layer_format)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,9 @@ def test_both_agree_on_every_golden_tar(name: str) -> None:
         if not case.packed and case.expected["media_type"] == make_corpus.OCI and not case.expected.get("limits")
     ],
 )
-def test_both_agree_on_the_corpus(name: str) -> None:
-    fuzz.check_tar((make_corpus.BAD | make_corpus.NEUTRALISED)[name].blob, [])
+@pytest.mark.parametrize("layer_format", fuzz.EROFS_FORMATS)
+def test_both_agree_on_the_corpus(name: str, layer_format: str) -> None:
+    fuzz.check_tar((make_corpus.BAD | make_corpus.NEUTRALISED)[name].blob, [], layer_format)
 
 
 @slow

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-from collections.abc import Callable
 from functools import cache
 from typing import Final
 
@@ -17,12 +16,11 @@ from zstandard import ZstdCompressor
 
 from blockdev.errors import BlockdevError, FormatError
 from blockdev.formats.compression import Compression, decompress
-from blockdev.formats.layer_file import open_layer_file
+from blockdev.formats.layer_file import FORMATS, open_layer_file
 from blockdev.formats.layer_writer import BuiltLayer
 from tests.fuzz import build
 from tests.golden.make_tars import EOA, PX, D, F, S, prng
 from verity.errors import VerityError
-from verity.params import PRESETS
 from verity.tree import Geometry
 from verity.verify import verify_all
 
@@ -102,12 +100,18 @@ def test_a_blob_that_is_cut(name: str) -> None:
 # --- layer files
 
 # One hash block; and two levels, the lower one of two blocks, which has spare bytes in both levels.
-FILES: Final[dict[str, Callable[[], bytes]]] = {"small": lambda: TAR, "two levels": lambda: F(b"f", prng(70_000)) + EOA}
+FILES: Final[dict[str, tuple[str, bytes]]] = {
+    "small": ("tar-index", TAR),
+    "two levels": ("tar-index", F(b"f", prng(70_000)) + EOA),
+    "small, 4 KiB": ("erofs-4k", TAR),
+    "two levels, 4 KiB": ("erofs-4k", F(b"f", prng(530_000)) + EOA),
+}
 
 
 @cache
 def file_of(name: str) -> tuple[BuiltLayer, bytes]:
-    return build(FILES[name](), [])
+    layer_format, tar = FILES[name]
+    return build(tar, [], layer_format)
 
 
 def assert_found(built: BuiltLayer, file: bytes) -> None:
@@ -116,7 +120,8 @@ def assert_found(built: BuiltLayer, file: bytes) -> None:
     def read_at(offset: int, size: int) -> bytes:
         return file[offset : offset + size]
 
-    geometry = Geometry(built.data_size_bytes // 512, PRESETS["tar-index"])
+    params = FORMATS[built.format].params
+    geometry = Geometry(built.data_size_bytes // params.data_block_bytes, params)
     try:
         layer = open_layer_file(read_at, len(file))
         if (layer.data_size_bytes, layer.root_hash) != (built.data_size_bytes, built.root_hash):
@@ -129,18 +134,20 @@ def assert_found(built: BuiltLayer, file: bytes) -> None:
     pytest.fail("nobody notices")
 
 
-def test_a_bit_of_a_layer_file() -> None:
-    """Each byte: head, tar, padding, index, tree with its spare bytes, trailer with its zeros."""
-    built, file = file_of("small")
+@pytest.mark.parametrize("name", ["small", "small, 4 KiB"])
+def test_a_bit_of_a_layer_file(name: str) -> None:
+    """Each byte: head, data, padding, index, tree with its spare bytes, trailer with its zeros."""
+    built, file = file_of(name)
     for at in range(len(file)):
         assert_found(built, flipped(file, at, at * 5 % 8))
 
 
-def test_a_bit_of_each_block_of_a_layer_file_with_two_levels() -> None:
-    built, file = file_of("two levels")
+@pytest.mark.parametrize("name", ["two levels", "two levels, 4 KiB"])
+def test_a_bit_of_each_block_of_a_layer_file_with_two_levels(name: str) -> None:
+    built, file = file_of(name)
     assert built.tree_size_bytes == 3 * 4096
     tree = range(built.data_size_bytes, built.data_size_bytes + built.tree_size_bytes)
-    for at in {*range(0, len(file), 251), *tree[::31], *range(len(file) - 4096, len(file), 7)}:
+    for at in {*range(0, len(file), len(file) // 300), *tree[::31], *range(len(file) - 4096, len(file), 7)}:
         assert_found(built, flipped(file, at, at % 8))
 
 
@@ -180,7 +187,7 @@ def test_a_trailer_whose_checksum_was_put_right(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_layer_file_that_is_cut_or_goes_on(name: str) -> None:
     built, file = file_of(name)
-    for size in range(0, len(file), 1 if name == "small" else 97):
+    for size in range(0, len(file), 1 if name == "small" else len(file) // 300):
         assert_found(built, file[:size])
     for more in (b"\0", b"x", bytes(512), bytes(4096), file[-4096:], file):
         assert_found(built, file + more)

@@ -8,7 +8,6 @@ and leave nothing behind that anybody could take for a layer file.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
 import json
 import os
@@ -25,14 +24,14 @@ from blockdev.errors import BlockdevError, FormatError
 from blockdev.formats.compression import compression_of, decompress
 from blockdev.formats.entry import Entry
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, open_layer_file
-from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
+from blockdev.formats.layer_file import HEAD_BYTES, open_layer_file
+from blockdev.formats.layer_writer import BuiltLayer
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.parameters import Output
+from tests.chains import make_of
 from tests.should_fail import make_corpus
 from tests.should_fail.make_corpus import BAD, NEUTRALISED, Case
-from verity.hasher import LeafStore
 
 # The interpreter, the buffers of the pipeline and the largest file tree of the corpus; the floor of the
 # expansion ratio alone lets 64 MiB through.
@@ -90,7 +89,9 @@ async def watch(peaks: dict[int, int]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def build_in_workers(name: str, case: Case, directory: Path) -> tuple[BuildRecord, bytes]:
+async def build_in_workers(
+    name: str, case: Case, directory: Path, layer_format: str = "tar-index"
+) -> tuple[BuildRecord, bytes]:
     blob, expected = committed(name, case)
     (directory / "blob").write_bytes(blob)
     blob_fd = os.open(directory / "blob", os.O_RDONLY)
@@ -101,7 +102,7 @@ async def build_in_workers(name: str, case: Case, directory: Path) -> tuple[Buil
     try:
         [record] = await run_build(
             BuildRequest(
-                blob_fd=blob_fd, outputs=(Output("tar-index", staged_fd, spool_fd),),
+                blob_fd=blob_fd, outputs=(Output(layer_format, staged_fd, spool_fd),),
                 media_type=expected["media_type"], layer_name=f"corpus/{name}",
                 expected_size_bytes=len(blob), limits=Limits(**expected.get("limits", {})),
             )
@@ -118,11 +119,12 @@ async def build_in_workers(name: str, case: Case, directory: Path) -> tuple[Buil
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("layer_format", ["tar-index", pytest.param("erofs-4k", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", BAD)
-async def test_the_workers_refuse(name: str, tmp_path: Path) -> None:
+async def test_the_workers_refuse(name: str, layer_format: str, tmp_path: Path) -> None:
     expected = BAD[name].expected
     with pytest.raises(BlockdevError) as caught:
-        await build_in_workers(name, BAD[name], tmp_path)
+        await build_in_workers(name, BAD[name], tmp_path, layer_format)
     message = str(caught.value)
     assert type(caught.value).__name__ == expected["error"], message
     assert message.startswith(f"layer corpus/{name}: ")
@@ -157,23 +159,14 @@ async def test_the_workers_take_without_what_it_tried(name: str, tmp_path: Path)
 
 # --- in this process
 
+formats = pytest.mark.parametrize("layer_format", ["tar-index", "erofs-4k"])
 
-def build(blob: bytes, expected: dict[str, Any]) -> tuple[BuiltLayer, bytes]:
-    out, heads, leaves = bytearray(), list[bytes](), LeafStore()
+
+def build(blob: bytes, expected: dict[str, Any], layer_format: str) -> tuple[BuiltLayer, bytes]:
     limits = Limits(**expected.get("limits", {}))
-    try:
-        kind = compression_of(expected["media_type"])
-        writer = LayerWriter(
-            FORMATS["tar-index"], write=out.extend, write_head=heads.append, leaves=leaves, limits=limits
-        )
-        digest = hashlib.sha256()
-        for piece in decompress(kind, io.BytesIO(blob).read, 1 << 20):
-            writer.feed(piece)
-            digest.update(piece)
-        built = writer.finish(digest.digest())
-    finally:
-        leaves.close()
-    return built, heads[0] + bytes(out)
+    kind = compression_of(expected["media_type"])
+    made = make_of(map(bytes, decompress(kind, io.BytesIO(blob).read, 1 << 20)), layer_format, limits)
+    return made.built, made.file
 
 
 @contextmanager
@@ -186,16 +179,18 @@ def refusal(expected: dict[str, Any]) -> Iterator[None]:
 
 # What a stream may expand to is the builder program's to bound: it knows the blob.
 @pytest.mark.parametrize("name", [name for name in BAD if "expands" not in BAD[name].expected["message"]])
-def test_the_engine_refuses(name: str) -> None:
+@formats
+def test_the_engine_refuses(name: str, layer_format: str) -> None:
     blob, expected = committed(name, BAD[name])
     with refusal(expected):
-        build(blob, expected)
+        build(blob, expected, layer_format)
 
 
 @pytest.mark.parametrize("name", NEUTRALISED)
-def test_the_engine_takes_without_what_it_tried(name: str) -> None:
+@formats
+def test_the_engine_takes_without_what_it_tried(name: str, layer_format: str) -> None:
     blob, expected = committed(name, NEUTRALISED[name])
-    built, file = build(blob, expected)
+    built, file = build(blob, expected, layer_format)
     assert_neutralised(expected, built.warnings, built.entries, file)
 
 
