@@ -23,7 +23,7 @@ from tests.harness import CACHE, sha256_of
 from verity.hasher import IMPLEMENTATION, ONE_PASS
 
 # Builds are measured in these, the first one through containerd too.
-FORMATS: Final = ("tar-index", "tarfs")
+FORMATS: Final = ("tar-index", "erofs-4k", "tarfs")
 # How much longer than the limit a build may take; memory of one worker; work in Python for one entry.
 BUILD_TO_LIMIT_MAX: Final = 1.15
 WORKER_PEAK_BYTES_MAX: Final = {300_000: 400_000_000, 1_000_000: 1_000_000_000}

@@ -126,13 +126,24 @@ def build(kind: str, path: str, directory: str, *layer_formats: str) -> dict[str
 def index(path: str, layer_format: str) -> dict[str, Any]:
     """The work in Python for each entry: scanning, the tree, the index; no data hashed or written."""
     chosen = format_named(layer_format)
-    leaves = LeafStore()
-    index = index_writer(chosen, Limits(), leaves, None)
+    leaves, behind, front = LeafStore(), bytearray(), chosen.head_bytes
+
+    def read_back(offset: int, size: int) -> bytes:
+        """Of what stands behind the data alone: a format that splits the tar looks at nothing else."""
+        return bytes(behind[offset - front : offset - front + size])
+
+    index = index_writer(chosen, Limits(), leaves, read_back if chosen.split else None)
+
+    def feed(data: memoryview) -> None:
+        nonlocal front
+        placed = index.feed(data)
+        front += len(data) if placed is None else len(placed)
+
     started = time.process_time()
-    read = _pieces(path, index.feed)
+    read = _pieces(path, feed)
     seconds = time.process_time() - started
-    out = VerifiedWriter(lambda data: None, HashTree(leaves, chosen.params), chosen.params)
-    out.size_bytes = chosen.head_bytes + read["bytes"]
+    out = VerifiedWriter(behind.extend, HashTree(leaves, chosen.params), chosen.params)
+    out.size_bytes = front
     started = time.process_time()
     entries = index.write(out, read["bytes"], bytes(32)).entries
     return {"entries": entries, "work_seconds": seconds + time.process_time() - started}

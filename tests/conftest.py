@@ -70,10 +70,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[harness.Daemon]:
+def layer_format() -> str:
+    """What `daemon` makes; a test may be parametrized by others."""
+    return "tar-index"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, layer_format: str) -> Iterator[harness.Daemon]:
     """One of its own, with an empty content directory in place of containerd's."""
     (tmp_path / "containerd/io.containerd.content.v1.content/blobs/sha256").mkdir(parents=True)
-    server = harness.Daemon(tmp_path / "daemon", tmp_path / "containerd")
+    named = f'[snapshotters.{harness.SNAPSHOTTER}]\ncontract = "host"\nformat = "{layer_format}"\n'
+    server = harness.Daemon(tmp_path / "daemon", tmp_path / "containerd", named if layer_format != "tar-index" else "")
     server.start()
     yield server
     server.clean_up()

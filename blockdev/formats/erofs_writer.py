@@ -25,11 +25,11 @@ class Contents(Protocol):
 
     def tail_bytes(self, node: Inode) -> int: ...
 
-    def block(self, node: Inode) -> int:
-        """The first one of what is not in the tail; the file has some data."""
+    def take(self, node: Inode, tail_offset_bytes: int) -> tuple[int, bytes]:
+        """Of a file with data, once: the first block of what is not in the tail, and the tail.
 
-    def tail(self, node: Inode, offset_bytes: int) -> bytes:
-        """`offset_bytes`: where it is written, in the file system. Asked for once."""
+        `tail_offset_bytes`: where that is written, in the file system.
+        """
 
 
 class ContentsInTar:
@@ -41,11 +41,8 @@ class ContentsInTar:
     def tail_bytes(self, node: Inode) -> int:
         return 0
 
-    def block(self, node: Inode) -> int:
-        return (self.offset_bytes + node.tar_offset_bytes) // self._block
-
-    def tail(self, node: Inode, offset_bytes: int) -> bytes:
-        raise AssertionError("no file has one")
+    def take(self, node: Inode, tail_offset_bytes: int) -> tuple[int, bytes]:
+        return (self.offset_bytes + node.tar_offset_bytes) // self._block, b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +149,10 @@ class MetadataWriter:
                         pass
             elif format_type == S_IFREG:
                 if node.size_bytes:
-                    address = contents.block(node)
-                    if contents.tail_bytes(node):
+                    behind = area_offset_bytes + position + erofs.INODE_BYTES + len(body)
+                    address, tail = contents.take(node, behind)
+                    if tail:
                         layout = erofs.LAYOUT_INLINE
-                        tail = contents.tail(node, area_offset_bytes + position + erofs.INODE_BYTES + len(body))
             elif format_type == S_IFLNK:
                 if number not in placed:
                     layout, tail = erofs.LAYOUT_INLINE, node.link

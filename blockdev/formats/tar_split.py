@@ -30,10 +30,13 @@ TAIL_ENTRY_BYTES: Final = 8
 
 _LITERAL, _ZEROS, _BLOCKS, _TAIL = range(4)
 _OPERATION_BITS: Final = 2
-_ZEROS_LEFT_OUT: Final = re.compile(rb"\0{8,}")
+_OPERATION_MASK: Final = (1 << _OPERATION_BITS) - 1
+_ZEROS_LEFT_OUT: Final = re.compile(rb"(\0{8,})")
 _SIZES_MAX: Final = {_LITERAL: RECORD_BYTES, _ZEROS: RECORD_BYTES, _TAIL: TAIL_BYTES_MAX}
 _NUMBER_BITS_MAX: Final = 63
+_INSTRUCTION_BYTES_MAX: Final = RECORD_BYTES + 10
 _READ_BYTES: Final = 1 << 16
+_NEAR_BYTES: Final = 1 << 14
 _CHUNK_BYTES: Final = 1 << 20
 
 
@@ -83,10 +86,11 @@ class TarSplitter:
         self._coming: deque[tuple[int, int]] = deque()  # data that is still to come: offset in the tar, size
         # Of each file's data: where it begins in the tar, where its blocks are, and its tail among the tails.
         self._starts, self._places, self._tail_starts = array("Q"), array("Q"), array("Q")
-        self._blocks_left = self._fill = self._tail_left = 0
-        self._record = bytearray()  # of the rest, as far as it has come
+        self._blocks_left = self._fill = self._tail_left = self._tails_bytes = 0
+        self._record = b""  # of the rest, as far as it has come
         self._checksum = 0  # of all but the blocks, in the order of the tar
         self._tail_places = array("Q")  # in the layer file, by file; 0: none yet
+        self._said: list[bytes] = []  # instructions that are not in their store yet
 
     def member(self, offset_bytes: int, size_bytes: int) -> None:
         if size_bytes:
@@ -94,99 +98,107 @@ class TarSplitter:
 
     def feed(self, data: Buffer) -> Buffer:
         """What of it is written to the file next: blocks, of large files without a copy."""
-        view = memoryview(data)
-        out: list[Buffer] = []
-        position, end = 0, len(view)
+        view, coming = memoryview(data), self._coming
+        blocks, tails = list[Buffer](), list[Buffer]()
+        offset, position, end = self._offset, 0, len(view)
         while position < end:
             if self._blocks_left:
                 stop = min(end, position + self._blocks_left)
-                out.append(view[position:stop])
+                blocks.append(view[position:stop])
                 self._blocks_left -= stop - position
                 if not self._blocks_left and self._fill:
-                    out.append(bytes(self._fill))
+                    blocks.append(bytes(self._fill))
             elif self._tail_left:
                 stop = min(end, position + self._tail_left)
                 self._tail_left -= stop - position
-                self._tails.append(view[position:stop])
+                tails.append(view[position:stop])
                 self._checksum = zlib.crc32(view[position:stop], self._checksum)
             else:
-                stop = min(end, self._coming[0][0] - self._offset) if self._coming else end
-                self._keep(view[position:stop], self._offset + position)
-                if self._coming and self._offset + stop == self._coming[0][0]:
-                    self._begin(*self._coming.popleft())
+                stop = min(end, coming[0][0] - offset) if coming else end
+                self._keep(bytes(view[position:stop]), offset + position)
+                if coming and offset + stop == coming[0][0]:
+                    self._begin(*coming.popleft())
             position = stop
         self._offset += end
-        return out[0] if len(out) == 1 else b"".join(out)
+        self._tails.append(b"".join(tails))
+        self._instructions.append(b"".join(self._said))
+        self._said.clear()
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
     def _begin(self, start: int, size: int) -> None:
         tail = tail_bytes(size)
         blocks = size - tail
         self._starts.append(start)
         self._places.append(self._place)
-        self._tail_starts.append(len(self._tails))
-        self._blocks_left, self._tail_left, self._fill = blocks, tail, -blocks % BLOCK_BYTES
-        self._place += blocks + self._fill
-        self._instructions.append(
-            (_instruction(_BLOCKS, blocks) if blocks else b"") + (_instruction(_TAIL, tail) if tail else b"")
-        )
+        self._tail_starts.append(self._tails_bytes)
+        self._blocks_left, self._tail_left = blocks, tail
+        self._tails_bytes += tail
+        if blocks:
+            self._fill = -blocks % BLOCK_BYTES
+            self._place += blocks + self._fill
+            self._said.append(_instruction(_BLOCKS, blocks))
+        if tail:
+            self._said.append(_instruction(_TAIL, tail))
 
-    def _keep(self, data: memoryview, offset: int) -> None:
+    def _keep(self, data: bytes, offset: int) -> None:
         """Some of the rest; `offset`: in the tar, at whose multiples of 512 it is cut."""
         self._checksum = zlib.crc32(data, self._checksum)
-        position, end = 0, len(data)
-        while position < end:
-            stop = min(end, position + RECORD_BYTES - (offset + position) % RECORD_BYTES)
-            self._record += data[position:stop]
-            if not (offset + stop) % RECORD_BYTES:
-                self._flush()
-            position = stop
+        stop = RECORD_BYTES - offset % RECORD_BYTES
+        if self._record:
+            data = self._record + data
+            stop += len(self._record)
+        start = 0
+        while stop <= len(data):
+            self._say(data[start:stop])
+            start, stop = stop, stop + RECORD_BYTES
+        self._record = data[start:]
 
-    def _flush(self) -> None:
-        record, out, at = bytes(self._record), bytearray(), 0
-        self._record.clear()
-        for zeros in _ZEROS_LEFT_OUT.finditer(record):
-            if zeros.start() > at:
-                out += _instruction(_LITERAL, zeros.start() - at) + record[at : zeros.start()]
-            at = zeros.end()
-            out += _instruction(_ZEROS, at - zeros.start())
-        if at < len(record):
-            out += _instruction(_LITERAL, len(record) - at) + record[at:]
-        self._instructions.append(out)
+    def _say(self, record: bytes) -> None:
+        """Instructions for some of the rest, 512 bytes at the most."""
+        said = self._said
+        zeros = False
+        for part in _ZEROS_LEFT_OUT.split(record):
+            if zeros:
+                said.append(_ZEROS_BY_SIZE[len(part)])
+            elif part:
+                said.append(_LITERALS_BY_SIZE[len(part)])
+                said.append(part)
+            zeros = not zeros
 
     def finish(self) -> None:
         """The end of the tar."""
-        self._flush()
+        self._say(self._record)
+        self._instructions.append(b"".join(self._said))
         self._tail_places = array("Q", bytes(8 * len(self._starts)))
-
-    def _file(self, node: Inode) -> int:
-        return bisect_left(self._starts, node.tar_offset_bytes)
+        self._waiting = _Near(self._tails.read, len(self._tails))
 
     def _tail(self, file: int) -> bytes:
-        end = self._tail_starts[file + 1] if file + 1 < len(self._starts) else len(self._tails)
-        return self._tails.read(self._tail_starts[file], end)
+        end = self._tail_starts[file + 1] if file + 1 < len(self._starts) else self._tails_bytes
+        return self._waiting.read(self._tail_starts[file], end)
 
     def tail_bytes(self, node: Inode) -> int:
         return tail_bytes(node.size_bytes)
 
-    def block(self, node: Inode) -> int:
-        return self._places[self._file(node)] // BLOCK_BYTES if node.size_bytes > self.tail_bytes(node) else 0
-
-    def tail(self, node: Inode, offset_bytes: int) -> bytes:
-        file = self._file(node)
-        self._tail_places[file] = offset_bytes
-        return self._tail(file)
+    def take(self, node: Inode, tail_offset_bytes: int) -> tuple[int, bytes]:
+        file, tail = bisect_left(self._starts, node.tar_offset_bytes), tail_bytes(node.size_bytes)
+        block = self._places[file] // BLOCK_BYTES if node.size_bytes > tail else 0
+        if not tail:
+            return block, b""
+        self._tail_places[file] = tail_offset_bytes
+        return block, self._tail(file)
 
     def write(self, write: Callable[[Buffer], object], index_offset_bytes: int, offset_bytes: int) -> Split:
         """What stands behind the index, at `offset_bytes`, once that has all tails that it takes."""
         lost, table = 0, array("Q")
         for file, place in enumerate(self._tail_places):
-            tail = b"" if place else self._tail(file)
-            if tail:
+            if not place:
+                tail = self._tail(file)
+                if not tail:
+                    continue
                 write(tail)
                 place = offset_bytes + lost
                 lost += len(tail)
-            if place:
-                table.append(place)
+            table.append(place)
         if sys.byteorder == "big":
             table.byteswap()
         write(table.tobytes())
@@ -202,23 +214,36 @@ class TarSplitter:
         Blocks were written as they came; here their number and places are checked, and all else by its bytes.
         """
         checksum, place = 0, self._data_offset
+        written = _Near(lambda start, end: read_at(start, end - start), split.end_bytes)
         for run in tar_runs(split, read_at):
             if isinstance(run, bytes):
                 checksum = zlib.crc32(run, checksum)
             elif run.tail:
-                checksum = zlib.crc32(exactly(read_at, run.offset_bytes, run.size_bytes), checksum)
+                checksum = zlib.crc32(written.read(run.offset_bytes, run.offset_bytes + run.size_bytes), checksum)
             else:
                 place = run.offset_bytes + run.size_bytes
         if checksum != self._checksum or place + -place % BLOCK_BYTES != self._place:
             raise FormatError("the tar would not come back from this layer file")
 
 
+class _Near:
+    """Reads a few bytes here and there, mostly not far from the last ones."""
+
+    def __init__(self, read: Callable[[int, int], bytes], end_bytes: int) -> None:
+        self._read, self._end = read, end_bytes
+        self._start, self._piece = 0, b""
+
+    def read(self, start: int, end: int) -> bytes:
+        at = start - self._start
+        if at < 0 or end - self._start > len(self._piece):
+            self._start, at = start, 0
+            self._piece = self._read(start, min(max(end, start + _NEAR_BYTES), self._end))
+        return self._piece[at : at + end - start]
+
+
 def _instruction(operation: int, size: int) -> bytes:
     """Little-endian base 128 (LEB128) of the size and, in the lowest bits, the operation."""
-    value = size << _OPERATION_BITS | operation
-    if value < 0x80:
-        return _BYTES[value]
-    out = bytearray()
+    value, out = size << _OPERATION_BITS | operation, bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)
         value >>= 7
@@ -226,7 +251,8 @@ def _instruction(operation: int, size: int) -> bytes:
     return bytes(out)
 
 
-_BYTES: Final = [bytes((value,)) for value in range(0x80)]
+_LITERALS_BY_SIZE: Final = [_instruction(_LITERAL, size) for size in range(RECORD_BYTES + 1)]
+_ZEROS_BY_SIZE: Final = [_instruction(_ZEROS, size) for size in range(RECORD_BYTES + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,67 +266,80 @@ class Run:
 
 def tar_runs(split: Split, read_at: ReadAt) -> Iterator[Run | bytes]:
     """The pieces of the tar in their order: bytes, or where they are. Raises FormatError."""
-    instructions = _Source(read_at, split.instructions_offset_bytes, split.instruction_bytes)
-    table = _Source(read_at, split.tails_offset_bytes, TAIL_ENTRY_BYTES * split.tails)
     left, place = split.tar_size_bytes, split.data_offset_bytes
-    while not instructions.ended:
-        value = instructions.number()
-        operation, size = value & (1 << _OPERATION_BITS) - 1, value >> _OPERATION_BITS
-        if not 0 < size <= left or size > _SIZES_MAX.get(operation, size):
-            raise FormatError(f"the tar has no piece of {size} bytes")
-        left -= size
-        if operation == _LITERAL:
-            yield instructions.take(size)
-        elif operation == _ZEROS:
-            yield bytes(size)
-        elif operation == _BLOCKS:
-            if size > split.index_offset_bytes - place:
+    places = _tail_places(split, read_at)
+    offset, end = split.instructions_offset_bytes, split.end_bytes
+    piece, at, kept = b"", 0, bytearray()
+    while offset < end:
+        size = min(_READ_BYTES, end - offset)
+        piece, at = piece[at:] + exactly(read_at, offset, size), 0
+        offset += size
+        # What begins in front of `stop` is whole, or the last one.
+        stop = len(piece) if offset == end else len(piece) - _INSTRUCTION_BYTES_MAX
+        while at < stop:
+            value = piece[at]
+            at += 1
+            if value >= 0x80:
+                if at < len(piece) and 0 < piece[at] < 0x80:
+                    value = value & 0x7F | piece[at] << 7
+                    at += 1
+                else:
+                    value, at = _number(piece, at - 1)
+            operation, size = value & _OPERATION_MASK, value >> _OPERATION_BITS
+            if not 0 < size <= left or (operation != _BLOCKS and size > _SIZES_MAX[operation]):
+                raise FormatError(f"the tar has no piece of {size} bytes")
+            left -= size
+            if operation == _LITERAL:
+                kept += piece[at : at + size]
+                at += size
+                continue
+            if operation == _ZEROS:
+                kept += bytes(size)
+                continue
+            if kept:
+                yield bytes(kept)
+                kept.clear()
+            if operation == _TAIL:
+                tail = next(places, -1)
+                if not split.index_offset_bytes <= tail <= split.tails_offset_bytes - size:
+                    raise FormatError("the end of a file lies outside the index")
+                yield Run(tail, size, tail=True)
+            elif size > split.index_offset_bytes - place:
                 raise FormatError("the tar has more file data than the layer file")
-            yield Run(place, size)
-            place += size + -size % BLOCK_BYTES
-        else:
-            offset = int.from_bytes(table.take(TAIL_ENTRY_BYTES), "little")
-            if not split.index_offset_bytes <= offset <= split.tails_offset_bytes - size:
-                raise FormatError("the end of a file lies outside the index")
-            yield Run(offset, size, tail=True)
-    if left or not table.ended or place != split.index_offset_bytes:
+            else:
+                yield Run(place, size)
+                place += size + -size % BLOCK_BYTES
+        if kept:
+            yield bytes(kept)
+            kept.clear()
+    if at != len(piece):
+        raise FormatError("the pieces of the tar are cut short")
+    if left or next(places, None) is not None or place != split.index_offset_bytes:
         raise FormatError("the pieces of the tar are not all that the layer file has")
 
 
-class _Source:
-    """Bytes of the layer file, front to back. Raises FormatError at the end."""
+def _tail_places(split: Split, read_at: ReadAt) -> Iterator[int]:
+    end = split.instructions_offset_bytes
+    for offset in range(split.tails_offset_bytes, end, _READ_BYTES):
+        places = array("Q", exactly(read_at, offset, min(_READ_BYTES, end - offset)))
+        if sys.byteorder == "big":
+            places.byteswap()
+        yield from places
 
-    def __init__(self, read_at: ReadAt, offset_bytes: int, size_bytes: int) -> None:
-        self._read_at, self._offset, self._end = read_at, offset_bytes, offset_bytes + size_bytes
-        self._piece, self._at = b"", 0
 
-    @property
-    def ended(self) -> bool:
-        return self._offset == self._end and self._at == len(self._piece)
-
-    def take(self, size: int) -> bytes:
-        if size > len(self._piece) - self._at:
-            wanted = min(_READ_BYTES, self._end - self._offset)
-            self._piece = self._piece[self._at :] + exactly(self._read_at, self._offset, wanted)
-            self._at = 0
-            self._offset += wanted
-            if size > len(self._piece):
-                raise FormatError("the pieces of the tar are cut short")
-        self._at += size
-        return self._piece[self._at - size : self._at]
-
-    def number(self) -> int:
-        value = shift = 0
-        while True:
-            byte = self.take(1)[0]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                if not byte and shift:
-                    raise FormatError("a number with needless bytes")
-                return value
-            shift += 7
-            if shift > _NUMBER_BITS_MAX:
-                raise FormatError("a number of more than 64 bits")
+def _number(piece: bytes, at: int) -> tuple[int, int]:
+    """And where it ends. Raises FormatError."""
+    value = shift = 0
+    while at < len(piece) and shift <= _NUMBER_BITS_MAX:
+        byte = piece[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if byte:
+                return value, at
+            break
+        shift += 7
+    raise FormatError("a number that is cut short, too long, or has needless bytes")
 
 
 def exactly(read_at: ReadAt, offset: int, size: int) -> bytes:

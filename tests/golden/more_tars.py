@@ -697,3 +697,9 @@ def ek_ends_with_a_body() -> bytes:
 @case
 def ek_nothing_but_rest() -> bytes:
     return bytes(D(b"d/") + S(b"s", b"d") + F(b"empty") + EOA)
+
+
+@case
+def ek_tail_to_the_end_of_a_block() -> bytes:
+    """Behind xattrs that leave no room in the block of the inode."""
+    return bytes(PX(xattr(b"user.a", b"v" * 3887)) + F(b"f", prng(4032)) + EOA)

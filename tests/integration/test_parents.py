@@ -92,7 +92,8 @@ def check_attributes(directory: Path) -> None:
     assert sorted(os.listdir(directory / "a")) == ["x", "y"]
 
 
-def test_a_container_sees_the_lower_layers_attributes(daemon: Daemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer_format", ["tar-index", "erofs-4k"])
+def test_a_container_sees_the_lower_layers_attributes(daemon: Daemon, layer_format: str, tmp_path: Path) -> None:
     with daemon.client() as client:
         name = image(daemon, client, LOW, ADDS)
         (layer,) = of_chains(daemon)
@@ -100,9 +101,9 @@ def test_a_container_sees_the_lower_layers_attributes(daemon: Daemon, tmp_path: 
         assert layer.shared_by == 1
         assert [row["diff_id"] for row in daemon.tardevctl("layers") if of_chain(row["format"])] == [layer.diff_id]
         assert [row["parents_layer"] for row in daemon.tardevctl("snapshots")] == ["", layer.diff_id]
-        expected = parents_model.layer_file([LOW, ADDS])
+        expected = parents_model.layer_file([LOW, ADDS], layer_format)
         assert expected is not None
-        assert (daemon.root / "layers/tar-index-parents" / expected.diff_id.hex()).read_bytes() == expected.file
+        assert (daemon.root / f"layers/{layer_format}-parents" / expected.diff_id.hex()).read_bytes() == expected.file
         with mounted(container(client, "default/1/c", name), tmp_path / "m") as directory:
             check_attributes(directory)
             (directory / "a/z").write_text("a container may write there")

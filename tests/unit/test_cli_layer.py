@@ -29,6 +29,7 @@ from tests.golden.test_tar_index import build
 from tests.unit.test_cli import TARDEVCTL, output, some_tar, tardevctl
 
 ROOT = os.geteuid() == 0
+FORMATS = ("tar-index", "erofs-4k", "tarfs")
 ODD = b"\xff\x1b[31m\\n\n"
 
 
@@ -47,10 +48,10 @@ def many_kinds() -> bytes:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """One layer in both formats."""
+    """One layer in all formats."""
     (tmp_path / "tar").write_bytes(many_kinds())
     found = {"tar": tmp_path / "tar"}
-    for layer_format in ("tar-index", "tarfs"):
+    for layer_format in FORMATS:
         found[layer_format] = tmp_path / layer_format
         cli_layer.build(found["tar"], found[layer_format], layer_format)
     return found
@@ -164,7 +165,7 @@ def bad_block(path: Path, root_hash: str, *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layer_format", ["tar-index", "tarfs"])
+@pytest.mark.parametrize("layer_format", FORMATS)
 def test_verify_says_what_lies_in_the_first_bad_block(tmp_path: Path, layer_format: str) -> None:
     (tmp_path / "tar").write_bytes(make_tars.CASES["big5m"]())
     path = tmp_path / "layer"
@@ -177,10 +178,11 @@ def test_verify_says_what_lies_in_the_first_bad_block(tmp_path: Path, layer_form
     tree = regions["hash tree"]["offset_bytes"]
     block = shown["data_block_bytes"]
 
-    inside = shown["tar_offset_bytes"] + shown["tar_size_bytes"] // 2
+    data = "file data" if layer_format == "erofs-4k" else "tar"
+    inside = regions[data]["offset_bytes"] + shown["tar_size_bytes"] // 2
     flipped(path, inside)
     found = bad_block(path, record["root_hash"], entry["path"], "data block")
-    assert (found["kind"], found["region"], found["block"]) == ("data", "tar", inside // block)
+    assert (found["kind"], found["region"], found["block"]) == ("data", data, inside // block)
     assert found["paths"] == [entry["path"]]
     flipped(path, inside)
 
@@ -188,13 +190,19 @@ def test_verify_says_what_lies_in_the_first_bad_block(tmp_path: Path, layer_form
         flipped(path, shown["tar_offset_bytes"] + 3)
         assert bad_block(path, record["root_hash"], "tar headers")["paths"] == []
         flipped(path, shown["tar_offset_bytes"] + 3)
+    if layer_format == "erofs-4k":
+        assert shown["tar_offset_bytes"] is None
+        flipped(path, regions["tar headers"]["offset_bytes"] + 3)
+        assert bad_block(path, record["root_hash"])["region"] == "tar headers"
+        flipped(path, regions["tar headers"]["offset_bytes"] + 3)
+        flipped(path, regions["index"]["offset_bytes"] + 3)
+        assert bad_block(path, record["root_hash"], "the ends of files")["paths"] == ["/after"]
+        flipped(path, regions["index"]["offset_bytes"] + 3)
 
     in_index = regions["index"]["offset_bytes"] + 8
     flipped(path, in_index)
     # In tarfs the index begins where the tar ends, within a block.
-    assert bad_block(path, record["root_hash"], "index")["region"] == (
-        "index" if layer_format == "tar-index" else "tar"
-    )
+    assert bad_block(path, record["root_hash"], "index")["region"] == ("tar" if layer_format == "tarfs" else "index")
     flipped(path, in_index)
 
     for level in shown["levels"]:
@@ -218,7 +226,7 @@ def test_verify_says_which_root_hash_the_file_names(files: dict[str, Path]) -> N
 
 def test_verify_holds_the_file_against_format_and_diff_id(files: dict[str, Path]) -> None:
     diff_id = "sha256:" + hashlib.sha256(many_kinds()).hexdigest()
-    for name, other in (("tar-index", "tarfs"), ("tarfs", "tar-index")):
+    for name, other in (("tar-index", "tarfs"), ("tarfs", "tar-index"), ("erofs-4k", "tarfs")):
         root_hash = cli_layer.build(files["tar"], files[name], name)["root_hash"]
         arguments = ("layer", "verify", files[name], "--root-hash", root_hash)
         assert output(*arguments, "--format", name, "--diff-id", diff_id)["diff_id"] == diff_id
@@ -227,7 +235,7 @@ def test_verify_holds_the_file_against_format_and_diff_id(files: dict[str, Path]
         refused(tardevctl(*arguments, "--format", "tarf"), "'tarf'")
 
 
-@pytest.mark.parametrize("layer_format", ["tar-index", "tarfs"])
+@pytest.mark.parametrize("layer_format", FORMATS)
 def test_inspect_counts_and_says_how_to_open(files: dict[str, Path], layer_format: str) -> None:
     root_hash = cli_layer.build(files["tar"], files[layer_format], layer_format)["root_hash"]
     found = output("layer", "inspect", files[layer_format], "--root-hash", root_hash)
@@ -239,7 +247,7 @@ def test_inspect_counts_and_says_how_to_open(files: dict[str, Path], layer_forma
     assert found["names"] == 8
     assert found["warnings"] == {}
     assert found["superblock"]["inodes"] == found["entries"]
-    assert ("uuid" in found["superblock"]) == (layer_format == "tar-index")
+    assert ("uuid" in found["superblock"]) == (layer_format != "tarfs")
     assert "hash tree" in tardevctl("layer", "inspect", files[layer_format]).stdout
 
 
@@ -291,7 +299,7 @@ def test_who_has_read_enough_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("layer_format", ["tar-index", "tarfs"])
+@pytest.mark.parametrize("layer_format", FORMATS)
 def test_cat_gives_the_content(files: dict[str, Path], layer_format: str) -> None:
     file = files[layer_format]
     for name in ("d/file", "/z-link"):
@@ -305,20 +313,20 @@ def test_cat_gives_the_content(files: dict[str, Path], layer_format: str) -> Non
     refused(tardevctl("layer", "cat", file, "/link/file"), "link/file")
 
 
-@pytest.mark.parametrize("layer_format", ["tar-index", "tarfs"])
+@pytest.mark.parametrize("layer_format", FORMATS)
 def test_tar_gives_the_tar_and_checks_it(files: dict[str, Path], tmp_path: Path, layer_format: str) -> None:
     diff_id = "sha256:" + hashlib.sha256(many_kinds()).hexdigest()
     file = files[layer_format]
     done = subprocess.run([TARDEVCTL, "layer", "tar", file], capture_output=True, timeout=60, check=True)
     assert done.stdout == many_kinds()
-    assert done.stderr.decode() == ("" if layer_format == "tar-index" else f"tardevctl: diff ID {diff_id}\n")
+    assert done.stderr.decode() == ("" if layer_format != "tarfs" else f"tardevctl: diff ID {diff_id}\n")
     assert output("layer", "tar", file, "-o", tmp_path / "out")["diff_id"] == diff_id
     assert (tmp_path / "out").read_bytes() == many_kinds()
     refused(tardevctl("layer", "tar", file, "-o", tmp_path / "no", "--diff-id", "sha256:" + "0" * 64), diff_id)
     flipped(file, 5000)
     wrong = tardevctl("layer", "tar", file, "-o", tmp_path / "no", "--diff-id", diff_id)
     refused(wrong, diff_id)
-    if layer_format == "tar-index":
+    if layer_format != "tarfs":
         refused(tardevctl("layer", "tar", file, "-o", tmp_path / "no"), diff_id)
     assert not (tmp_path / "no").exists()
     assert tardevctl("layer", "tar", file, "--json").returncode == 2
@@ -331,6 +339,7 @@ def test_a_layer_equals_itself(files: dict[str, Path]) -> None:
     done = tardevctl("layer", "diff", files["tar-index"], files["tar-index"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert output("layer", "diff", files["tarfs"], files["tarfs"]) == []
+    assert output("layer", "diff", files["tar-index"], files["erofs-4k"]) == []
 
 
 def test_diff_lists_what_a_format_cannot_express(files: dict[str, Path]) -> None:
@@ -403,7 +412,7 @@ def test_both_formats_come_out_with_the_attributes_they_have(files: dict[str, Pa
     }
 
 
-@pytest.mark.parametrize("layer_format", ["tar-index", "tarfs"])
+@pytest.mark.parametrize("layer_format", FORMATS)
 def test_whiteouts_as_oci_has_them(files: dict[str, Path], tmp_path: Path, layer_format: str) -> None:
     cli_layer.extract(files[layer_format], tmp_path / "out", oci_whiteouts=True)
     found = observe(tmp_path / "out")
@@ -501,7 +510,7 @@ def test_a_very_deep_tree_comes_out_with_few_descriptors(tmp_path: Path) -> None
 
 def test_several_formats_are_built_at_once(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(make_tars.CASES["plain"]())
-    names = ("tarfs", "tar-index")
+    names = ("tarfs", "erofs-4k", "tar-index")
     options = [option for name in names for option in ("--format", name, "--output", tmp_path / name)]
     done = tardevctl("layer", "build", tmp_path / "tar", *options, "--json")
     records = json.loads(done.stdout)
