@@ -76,7 +76,7 @@ def speed(layer: layers.Layer, directory: Path, rounds: int, with_containerd: bo
                 facts[name] |= runs.add(f"build {kind}, {name}", built).said
             if kind != "plain":
                 runs.add(f"inflate {kind}", measure.program("inflate", kind, layer.files[kind]))
-        runs.add("build zstd, both", measure.program("build", "zstd", layer.files["zstd"], directory, *FORMATS))
+        runs.add("build zstd, all formats", measure.program("build", "zstd", layer.files["zstd"], directory, *FORMATS))
         runs.add("sha256 of the tar", measure.program("sha256", layer.tar))
         for name in FORMATS:
             runs.add(f"leaf hashing, {name}", measure.program("leaves", layer.tar, name))
@@ -185,7 +185,9 @@ def verdicts(runs: Runs, facts: dict[str, Any]) -> Iterator[Verdict]:
         written = max(runs.best(f"build {kind}, {name}").written_bytes for kind in layers.KINDS)
         block = format_named(name).params.data_block_bytes
         most = facts[name]["file_size_bytes"] + facts[name]["data_size_bytes"] // block * _DIGEST_BYTES
-        yield (f"bytes written, {name}: layer file and spooled leaf digests", f"≤ {most / 1e6:.0f} MB",
+        if format_named(name).split:  # ends of files and what is kept of the tar wait in the spool, too
+            most = facts[name]["file_size_bytes"] + facts[name]["usage"]["builder"]["spooled_bytes"]
+        yield (f"bytes written, {name}: layer file and what is spooled", f"≤ {most / 1e6:.0f} MB",
                f"{written / 1e6:.0f} MB", written <= most)  # fmt: skip
     at_once = runs.best("two builds at once")
     ratio = at_once.wall_seconds / at_once.said["one_by_one_seconds"]

@@ -28,11 +28,19 @@ def promised(images: Path, name: str) -> dict[str, list[str]]:
     return found
 
 
+IN_4K = f'[snapshotters.{SNAPSHOTTER}]\ncontract = "host"\nformat = "erofs-4k"\n'
+
+
 @pytest.fixture(
-    scope="module", params=[*(pytest.param(version, marks=pytest.mark.soak) for version in ("1.6", "1.7")), "later"]
+    scope="module",
+    params=[
+        *(pytest.param((version, ""), id=version, marks=pytest.mark.soak) for version in ("1.6", "1.7")),
+        pytest.param(("later", IN_4K), id="later-erofs-4k", marks=pytest.mark.soak),
+        pytest.param(("later", ""), id="later"),
+    ],
 )
 def shared_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    with a_node(tmp_path_factory.mktemp("node"), request.param) as made:
+    with a_node(tmp_path_factory.mktemp("node"), *request.param) as made:
         yield made
 
 
