@@ -45,8 +45,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
+    """`disk`: the serial of the disk whose partitions the layers are, the topmost the first; "": each has a disk."""
+
     layers: Sequence[PolicyLayer]  # top first
     process: Process
+    disk: str = ""
 
     def text(self) -> bytes:
         """Raises PolicyError for what the guest would not take."""
@@ -64,8 +67,11 @@ class Policy:
             raise PolicyError(f"over {STRINGS_MAX} arguments or environment variables")
         if any("\0" in text for text in (*process.args, *process.env, process.cwd, process.user)):
             raise PolicyError("a NUL in an argument, the environment, the working directory or the user")
+        if self.disk and not _NAME.fullmatch(self.disk):
+            raise PolicyError(f"{self.disk!r} is no name of a disk: 1 to 20 of a-z, 0-9 and -")
         document = {
             "version": 1,
+            **({"disk": self.disk} if self.disk else {}),
             "layers": [_layer(layer) for layer in self.layers],
             "process": {
                 "args": list(process.args), "env": list(process.env), "cwd": process.cwd, "user": process.user,

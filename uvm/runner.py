@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from blockdev.errors import VmGone, VmmError
-from blockdev.vmm import hotplug, qemu
+from blockdev.vmm import gpt, hotplug, qemu
+from blockdev.vmm.vmdk import Extent, FlatDisk
 from uvm import accel, frames
 from uvm.errors import MachineError
 from uvm.frames import Kind
@@ -46,6 +47,14 @@ class Disk:
 
     serial: str
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OneDisk:
+    """Files for the guest as the partitions of one disk. `extents`: of the whole disk, as `gpt.Layout` has them."""
+
+    serial: str
+    extents: Sequence[Extent]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +94,36 @@ async def run(
     layers: Sequence[tuple[PolicyLayer, Path]],
     process: Process,
     *,
+    one_disk: str = "",
     memory_mib: int = MEMORY_MIB,
     timeout_s: float | None = TIMEOUT_SECONDS,
     on_output: Callable[[Kind, bytes], None] | None = None,
 ) -> Result:
-    """Run one process on the layers, top first. A refusal is a Result. Raises PolicyError, MachineError, ImageError."""
-    policy = Policy([layer for layer, _ in layers], process)
-    disks = [Disk(layer.name, path) for layer, path in layers]
+    """Run one process on the layers, top first. A refusal is a Result. Raises PolicyError, MachineError, ImageError.
+
+    `one_disk`: the serial of a disk whose partitions they are; without, each has a disk of its own.
+    """
+    policy = Policy([layer for layer, _ in layers], process, one_disk)
+    disks: list[Disk | OneDisk] = [Disk(layer.name, path) for layer, path in layers]
+    if one_disk:
+        disks = [partitioned(one_disk, [path for _, path in layers])]
     return await run_policy(
         image, policy.text(), disks, memory_mib=memory_mib, timeout_s=timeout_s, on_output=on_output
     )
 
 
+def partitioned(serial: str, paths: Sequence[Path]) -> OneDisk:
+    """Raises MachineError for files that cannot be the partitions of one disk."""
+    try:
+        return OneDisk(serial, tuple(gpt.layout(paths).extents()))
+    except VmmError as error:
+        raise MachineError(str(error)) from None
+
+
 async def run_policy(
     image: Image,
     policy_text: bytes,
-    disks: Sequence[Disk],
+    disks: Sequence[Disk | OneDisk],
     *,
     command_line: str | None = None,
     hot_plug: bool = True,
@@ -112,15 +135,18 @@ async def run_policy(
     another policy than the kernel's command line.
 
     `hot_plug`: the disks come while the guest boots, as they do with containers; only so are files refused beforehand
-    that no guest would see as they are. Else they are there from the start.
+    that no guest would see as they are. Else they are there from the start, which a OneDisk cannot be.
     """
+    cold = () if hot_plug else tuple(disk for disk in disks if isinstance(disk, Disk))
+    if not hot_plug and len(cold) != len(disks):
+        raise MachineError("a disk of partitions is attached while the guest runs")
     image.check()
     kind = await accel.chosen(image, lambda: _boots_with_kvm(image))
     line = kernel_command_line(policy_text) if command_line is None else command_line
     started = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
-            cold, slots = ((), len(disks)) if hot_plug else (disks, 0)
+            slots = len(disks) if hot_plug else 0
             async with _machine(image, kind, line, policy_text, cold, slots, memory_mib) as machine:
                 result = Result(accelerator=kind)
                 if hot_plug:
@@ -174,12 +200,16 @@ class _Machine:
         assert process.stderr is not None
         self._stderr = process.stderr
 
-    async def attach(self, disks: Sequence[Disk]) -> None:
+    async def attach(self, disks: Sequence[Disk | OneDisk]) -> None:
         """All, in this order. Once: the monitor has nothing to say after that."""
-        files = [hotplug.Disk(f"disk{number}", disk.path.absolute(), disk.serial) for number, disk in enumerate(disks)]
         try:
             async with qemu.connect(self._monitor, call_timeout_s=_MONITOR_SECONDS) as machine:
-                await hotplug.attach_all(machine, files)
+                for number, disk in enumerate(disks):
+                    name = f"disk{number}"
+                    if isinstance(disk, OneDisk):
+                        await machine.attach_flat(FlatDisk(name, tuple(disk.extents), disk.serial))
+                    else:
+                        await machine.attach(hotplug.Disk(name, disk.path.absolute(), disk.serial))
         except VmGone:
             raise await self._ended() from None
         except VmmError as error:

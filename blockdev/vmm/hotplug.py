@@ -117,23 +117,38 @@ async def uncut(step: Coroutine[object, object, _T]) -> _T:
         raise
 
 
+def check_names(disk_id: str, serial: str | None) -> None:
+    """Raises UnfitDisk for names that some VMM does not take."""
+    if not _ID.fullmatch(disk_id):
+        raise UnfitDisk(f"disk id {disk_id!r}: not a letter and up to 30 of letters, digits and '-._'")
+    if serial is not None and not _SERIAL.fullmatch(serial):
+        raise UnfitDisk(f"disk {disk_id}: serial {serial!r} is not 1 to 20 of letters, digits and '-._'")
+
+
 def check_disk(disk: Disk) -> None:
     """Raises UnfitDisk for names that some VMM does not take, and for files that no guest would see as they are."""
-    if not _ID.fullmatch(disk.id):
-        raise UnfitDisk(f"disk id {disk.id!r}: not a letter and up to 30 of letters, digits and '-._'")
-    if disk.serial is not None and not _SERIAL.fullmatch(disk.serial):
-        raise UnfitDisk(f"disk {disk.id}: serial {disk.serial!r} is not 1 to 20 of letters, digits and '-._'")
-    name = f"disk {disk.id}: {str(disk.path)!r}"
+    check_names(disk.id, disk.serial)
     if not disk.path.is_absolute():
-        raise UnfitDisk(f"{name} is not an absolute path")
+        raise UnfitDisk(f"disk {disk.id}: {str(disk.path)!r} is not an absolute path")
     try:
         str(disk.path).encode()
-        status = disk.path.stat()
     except UnicodeEncodeError:
-        raise UnfitDisk(f"{name} is not UTF-8, as JSON is") from None
+        raise UnfitDisk(f"disk {disk.id}: {str(disk.path)!r} is not UTF-8, as JSON is") from None
+    try:
+        size_bytes(disk.path)
+    except UnfitDisk as error:
+        raise UnfitDisk(f"disk {disk.id}: {error}") from None
+
+
+def size_bytes(path: Path) -> int:
+    """Raises UnfitDisk for what is no regular file of whole sectors."""
+    name = repr(str(path))
+    try:
+        status = path.stat()
     except (OSError, ValueError) as error:
         raise UnfitDisk(f"{name}: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise UnfitDisk(f"{name} is not a regular file")
     if not status.st_size or status.st_size % SECTOR_BYTES:
         raise UnfitDisk(f"{name} has {status.st_size} bytes, not whole sectors of {SECTOR_BYTES}")
+    return status.st_size

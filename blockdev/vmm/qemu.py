@@ -7,6 +7,9 @@ VMs read one file, and a QEMU that would write to it is refused, as ours is wher
 why neither `force-share` nor `share-rw` is set, which would give those locks away. The host's page
 cache is used and so shared by all of them.
 
+A disk of several files (`vmdk.FlatDisk`) is the one exception to raw: its node reads a VMDK descriptor that the client
+makes, and the pieces behind it raw. All of them QEMU gets as open files, which have no other name.
+
 A device goes only when the guest agrees (ACPI hot-unplug); the event DEVICE_DELETED says so.
 """
 
@@ -16,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
@@ -25,8 +29,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from blockdev.errors import DiskConflict, GuestTimeout, NoFreeSlot, VmGone, VmmRefused, VmmTimeout
-from blockdev.vmm.hotplug import SECTOR_BYTES, AttachedDisk, Disk, check_disk, uncut
+from blockdev.errors import DiskConflict, GuestTimeout, NoFreeSlot, UnfitDisk, VmGone, VmmRefused, VmmTimeout
+from blockdev.vmm.hotplug import SECTOR_BYTES, AttachedDisk, Disk, check_disk, check_names, uncut
+from blockdev.vmm.vmdk import FlatDisk, check_extents, descriptor
 
 _DEVICES: Final = PurePosixPath("/machine/peripheral")  # all that have an id
 _BRIDGE: Final = re.compile(r"disk-slots[0-9]+")
@@ -58,6 +63,12 @@ class _Block(msgspec.Struct):
 
     qdev: str = ""
     inserted: _Node | None = None
+
+
+class _Added(msgspec.Struct, rename="kebab"):
+    """AddfdInfo."""
+
+    fdset_id: int
 
 
 class _Slot(NamedTuple):
@@ -156,6 +167,15 @@ class Qemu:
         check_disk(disk)
         return await uncut(self._attach(disk))
 
+    async def attach_flat(self, disk: FlatDisk) -> str:
+        """One read-only disk out of pieces of files; its address. `detach` and `list` are as for the others.
+
+        Raises what `attach` raises; DiskConflict for any disk that has this id already.
+        """
+        check_names(disk.id, disk.serial)
+        check_extents(disk.extents)
+        return await uncut(self._attach_flat(disk))
+
     async def detach(self, disk_id: str) -> None:
         await uncut(self._detach(disk_id))
 
@@ -171,23 +191,67 @@ class Qemu:
         async with self._changing:
             if await self._is_attached(disk.id):
                 return await self._same(disk)
-            self._leaving.discard(disk.id)
-            slot = await self._free_slot()
-            try:
-                await self._execute("blockdev-add", _node_options(disk))
-            except VmmRefused:
-                if not await self._node(disk.id):
-                    raise
-                # Of an attempt that was killed, or of a detach that was not waited for.
-                await self._delete_node(disk.id)
-                await self._execute("blockdev-add", _node_options(disk))
-            del self._free[slot]  # even if it is refused: perhaps for what somebody else has plugged there
-            try:
-                await self._execute("device_add", _device_options(disk, slot))
-            except VmmRefused:
-                await self._delete_node(disk.id)
-                raise
+            await self._plug(disk.id, disk.serial, _node_options(disk))
             return AttachedDisk(disk, await self._address(disk.id))
+
+    async def _attach_flat(self, disk: FlatDisk) -> str:
+        async with self._changing:
+            if await self._is_attached(disk.id):
+                raise DiskConflict(f"{self._name}: disk id {disk.id} is taken")
+            async with self._handed_over(disk) as name:
+                node = {
+                    "driver": "vmdk", "node-name": disk.id, "read-only": True,
+                    "file": {"driver": "file", "filename": name, "read-only": True},
+                }  # fmt: skip
+                await self._plug(disk.id, disk.serial, node)
+            return await self._address(disk.id)
+
+    async def _plug(self, disk_id: str, serial: str | None, node: dict[str, object]) -> None:
+        """Node and device, or neither."""
+        self._leaving.discard(disk_id)
+        slot = await self._free_slot()
+        try:
+            await self._execute("blockdev-add", node)
+        except VmmRefused:
+            if not await self._node(disk_id):
+                raise
+            # Of an attempt that was killed, or of a detach that was not waited for.
+            await self._delete_node(disk_id)
+            await self._execute("blockdev-add", node)
+        del self._free[slot]  # even if it is refused: perhaps for what somebody else has plugged there
+        try:
+            await self._execute("device_add", _device_options(disk_id, serial, slot))
+        except VmmRefused:
+            await self._delete_node(disk_id)
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _handed_over(self, disk: FlatDisk) -> AsyncIterator[str]:
+        """The name under which QEMU may open the disk's descriptor meanwhile. What it has opened it keeps."""
+        sets: dict[Path | bytes, int] = {}
+        try:
+            for extent in disk.extents:
+                if extent.source not in sets:
+                    sets[extent.source] = await self._hand_over(extent.source)
+            names = [f"/dev/fdset/{sets[extent.source]}" for extent in disk.extents]
+            text = descriptor(names, disk.extents)
+            sets[text] = await self._hand_over(text)
+            yield f"/dev/fdset/{sets[text]}"
+        finally:
+            for number in sets.values():
+                await self._execute("remove-fd", {"fdset-id": number})
+
+    async def _hand_over(self, source: Path | bytes) -> int:
+        """The number of a new set of descriptors, with this one (QEMU: docs/interop/qemu-qmp-ref, add-fd)."""
+        fd = _open_for_reading(source)
+        try:
+            self._client.send_fd_scm(fd)
+            reply = await self._execute("add-fd", {})
+        except OSError as error:
+            raise VmGone(f"{self._name}: gone at add-fd: {error}") from None
+        finally:
+            os.close(fd)
+        return self._converted(reply, _Added).fdset_id
 
     async def _same(self, disk: Disk) -> AttachedDisk:
         node = await self._node(disk.id)
@@ -385,20 +449,37 @@ def _node_options(disk: Disk) -> dict[str, object]:
     }
 
 
-def _device_options(disk: Disk, slot: _Slot) -> dict[str, object]:
+def _open_for_reading(source: Path | bytes) -> int:
+    """Raises UnfitDisk."""
+    try:
+        if isinstance(source, Path):
+            return os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        written = os.memfd_create("disk", os.MFD_CLOEXEC)
+        try:
+            os.truncate(written, len(source))
+            os.pwrite(written, source, 0)  # into memory, where nothing is short
+            # QEMU takes a descriptor only for what it was opened for.
+            return os.open(f"/proc/self/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(written)
+    except OSError as error:
+        raise UnfitDisk(f"{str(source)!r}: {error}" if isinstance(source, Path) else str(error)) from None
+
+
+def _device_options(disk_id: str, serial: str | None, slot: _Slot) -> dict[str, object]:
     """One queue: a queue costs the guest memory for each disk, and there are many small ones."""
     options: dict[str, object] = {
         "driver": "virtio-blk-pci",
-        "id": disk.id,
-        "drive": disk.id,
+        "id": disk_id,
+        "drive": disk_id,
         "bus": slot.bridge,
         "addr": f"{slot.number:x}",
         "disable-legacy": "on",
         "num-queues": 1,
         "logical_block_size": SECTOR_BYTES,  # dm-verity with smaller data blocks would be refused
     }
-    if disk.serial is not None:
-        options["serial"] = disk.serial
+    if serial is not None:
+        options["serial"] = serial
     return options
 
 

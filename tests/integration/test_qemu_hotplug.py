@@ -17,8 +17,9 @@ import pytest_asyncio
 from qemu.qmp import QMPClient
 
 from blockdev.errors import DiskConflict, GuestTimeout, NoFreeSlot, UnfitDisk, VmGone, VmmError, VmmRefused, VmmTimeout
-from blockdev.vmm import qemu
+from blockdev.vmm import gpt, qemu
 from blockdev.vmm.hotplug import Disk, attach_all
+from blockdev.vmm.vmdk import Extent, FlatDisk
 from tests.guest import Guest, make_initramfs
 
 # In ./dev test the guests of tests/uvm get their disks that way.
@@ -350,3 +351,52 @@ async def test_one_client_at_a_time(firmware: Guest) -> None:
 def test_more_slots_than_there_can_be(disks: int) -> None:
     with pytest.raises(ValueError, match="from 1 to 256"):
         qemu.slot_arguments(disks)
+
+
+# One disk of several files
+
+
+async def test_a_disk_of_several_files(linux: Guest, vm: qemu.Qemu, tmp_path: Path) -> None:
+    """The guest's kernel finds their bytes in the partitions; QEMU takes none of them for more than bytes."""
+    paths = [layer(tmp_path, n, 2040 + n * 9) for n in range(3)]
+    paths[1].write_bytes(b"QFI\xfb\x00\x00\x00\x03" + paths[1].read_bytes()[8:])
+    flat = FlatDisk("many", tuple(gpt.layout([*paths, paths[0]]).extents()), "flat")
+    before = await ask(linux, "query-fdsets")
+    address = await vm.attach_flat(flat)
+    (listed,) = await vm.list()
+    assert (listed.disk.id, listed.disk.serial, listed.disk.read_only) == ("many", "flat", True)
+    assert listed.address == address
+    nodes = await ask(linux, "query-named-block-nodes", flat=True)
+    assert sorted(node["drv"] for node in nodes if node["node-name"] != "own-node") == ["file"] * 9 + ["vmdk"]
+    device = (await seen(linux, "flat"))["flat"]
+    for number, path in enumerate([*paths, paths[0]], 1):
+        (found, _) = linux.run(f"sha256sum /dev/{device}{number}").split()
+        assert found == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(RuntimeError):
+        linux.run(f"dd if=/dev/zero of=/dev/{device}1 bs=512 count=1 conv=fsync")
+    with pytest.raises(DiskConflict, match="id many is taken"):
+        await vm.attach_flat(flat)
+    with pytest.raises(DiskConflict):
+        await vm.attach(Disk("many", paths[0]))
+    # As with any other disk, the files have another name meanwhile, or none.
+    for path in paths:
+        path.unlink()
+    await vm.detach("many")
+    assert await vm.list() == ()
+    assert await ask(linux, "query-fdsets") == before
+
+
+async def test_a_disk_of_several_files_that_cannot_be_leaves_nothing(
+    linux: Guest, vm: qemu.Qemu, tmp_path: Path
+) -> None:
+    path = layer(tmp_path)
+    before = await ask(linux, "query-fdsets")
+    for extents in ((), (Extent(path, 17),), (Extent(path, 16), Extent(tmp_path / "gone", 1)), (Extent(b"", 1),)):
+        with pytest.raises(UnfitDisk):
+            await vm.attach_flat(FlatDisk("many", extents))
+    with pytest.raises(UnfitDisk, match="serial"):
+        await vm.attach_flat(FlatDisk("many", (Extent(path, 16),), "a b"))
+    for name in ("own-node", "own"):  # at blockdev-add, at device_add
+        with pytest.raises(VmmRefused):
+            await vm.attach_flat(FlatDisk(name, (Extent(path, 16), Extent(bytes(512), 1))))
+    assert await ask(linux, "query-fdsets") == before

@@ -71,18 +71,19 @@ texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 @settings(max_examples=100)
 @given(
     args=st.lists(texts, max_size=4), env=st.lists(texts, max_size=4), cwd=texts, user=texts,
-    sizes=st.lists(st.integers(2, 1 << 40), min_size=1, max_size=5),
+    sizes=st.lists(st.integers(2, 1 << 40), min_size=1, max_size=5), disk=st.sampled_from(["", "layers", "l1"]),
 )  # fmt: skip
 def test_the_guest_reads_what_the_host_wrote(
-    guest_side: Path, args: list[str], env: list[str], cwd: str, user: str, sizes: list[int]
+    guest_side: Path, args: list[str], env: list[str], cwd: str, user: str, sizes: list[int], disk: str
 ) -> None:
     names = ["tar-index", "tarfs"]
     layers = [
         PolicyLayer(f"l{i}", names[i % 2], hashlib.sha256(b"%d" % i).digest(), 4096 * size, PRESETS[names[i % 2]])
         for i, size in enumerate(sizes)
     ]
-    text = Policy(layers, Process(["x", *args], env, f"/{cwd}", user)).text()
+    text = Policy(layers, Process(["x", *args], env, f"/{cwd}", user), disk).text()
     assert read_by_guest(guest_side, text) == (0, [
+        *([f"disk {disk}"] if disk else []),
         *(f"layer {layer.name} {layer.format} {layer.root_hash.hex()} {layer.data_size_bytes}"
           f" {layer.params.data_block_bytes} {layer.params.hash_block_bytes}" for layer in layers),
         hexes("args", "x", *args), hexes("env", *env), hexes("cwd", f"/{cwd}"), hexes("user", user),
@@ -93,6 +94,10 @@ REFUSED = {
     "empty": (TEXT, b"", "byte 0: expected {"),
     "white space": (b'"version":1', b'"version": 1', "expected {"),
     "version": (b'"version":1', b'"version":2', "expected {"),
+    "no disk": (b'"layers":[', b'"disk":"","layers":[', "a name has 1 to 20 of a-z, 0-9 and -"),
+    "name of the disk": (b'"layers":[', b'"disk":"A","layers":[', "a name has 1 to 20 of a-z, 0-9 and -"),
+    "two disks": (b'"layers":[', b'"disk":"a","disk":"b","layers":[', 'expected "layers":['),
+    "disk that is a number": (b'"layers":[', b'"disk":1,"layers":[', 'expected "'),
     "order of keys": (b'"process":{"args"', b'"process":{"env"', 'expected ],"process":{"args":'),
     "no layer": (TEXT[TEXT.index(b"[") + 1 : TEXT.index(b"]")], b"", 'expected {"name":'),
     "a key more": (b'"user":"1:2"', b'"user":"1:2","more":1', "expected }}"),
@@ -167,6 +172,11 @@ def test_no_changed_policy_crashes_the_guest(guest_side: Path, at: int, byte: in
 def test_the_host_says_what_a_policy_cannot_hold(layers: list[PolicyLayer], process: Process, reason: str) -> None:
     with pytest.raises(PolicyError, match=reason):
         Policy(layers, process).text()
+
+
+def test_the_host_says_what_no_disk_can_be_called() -> None:
+    with pytest.raises(PolicyError, match="'Layers' is no name of a disk"):
+        Policy([LAYER], Process(["a"]), "Layers").text()
 
 
 def test_frames_come_out_whole_however_they_arrive() -> None:

@@ -23,7 +23,7 @@ from tests.harness import UVM_IMAGE
 from tests.images import mkimage
 from uvm import image
 from uvm.policy import Policy, PolicyLayer, Process
-from uvm.runner import Disk, Result, run_policy
+from uvm.runner import Disk, OneDisk, Result, run_policy
 
 LISTING = Path(__file__).with_name("listing.c")
 # QEMU inherits it, and so is known for one of ours.
@@ -102,7 +102,7 @@ class Guest:
         policy, disks = agreed(layers, *args, **process)
         return self.boot(policy.text(), disks)
 
-    def boot(self, policy: bytes, disks: Sequence[Disk], **options: Any) -> Result:
+    def boot(self, policy: bytes, disks: Sequence[Disk | OneDisk], **options: Any) -> Result:
         return asyncio.run(run_policy(self.image, policy, disks, timeout_s=TIMEOUT_SECONDS, **options))
 
 

@@ -39,6 +39,8 @@ int main(void)
         printf("%s\n", wrong);
         return 1;
     }
+    if (policy.disk[0])
+        printf("disk %s\n", policy.disk);
     for (size_t i = 0; i < policy.layer_count; i++) {
         const struct layer *layer = &policy.layers[i];
         printf("layer %s %s %s %llu %u %u\n", layer->name, layer->format->name, layer->root_hash_hex,

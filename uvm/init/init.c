@@ -181,23 +181,30 @@ static size_t list_disks(struct disk *disks)
     return count;
 }
 
+static int read_device(const char *path, struct disk *disk)
+{
+    return read_text(path, disk->device, sizeof disk->device) > 0;
+}
+
+/* In the order in which the host's disks are looked at: the serial of each, and that it can be used at all. */
+static void identify(struct disk *disk, char *serial, size_t size)
+{
+    char path[80];
+    snprintf(path, sizeof path, "/sys/block/%s/serial", disk->name);
+    if (read_text(path, serial, size) < 0)
+        refuse_errno("disk %s has no serial", disk->name);
+    snprintf(path, sizeof path, "/sys/block/%s/dev", disk->name);
+    if (!read_device(path, disk))
+        refuse_errno("disk %s has no number", disk->name);
+}
+
 /* Which disk is which layer's: by its serial, which is the host's claim and proves nothing. Each disk is some
  * layer's, and each layer has one. */
-static void match_disks(const struct policy *policy, size_t expected, struct disk *of_layer)
+static void match_disks(const struct policy *policy, struct disk *disks, size_t count, struct disk *of_layer)
 {
-    static struct disk disks[DISKS_MAX];
-    size_t count;
-    for (int waited = 0; (count = list_disks(disks)) < expected; waited += STEP_MS, pause_ms(STEP_MS))
-        if (waited >= WAIT_MS)
-            refuse("the host says that it has attached %zu disks, there are %zu", expected, count);
     for (size_t i = 0; i < count; i++) {
-        char path[80], serial[64];
-        snprintf(path, sizeof path, "/sys/block/%s/serial", disks[i].name);
-        if (read_text(path, serial, sizeof serial) < 0)
-            refuse_errno("disk %s has no serial", disks[i].name);
-        snprintf(path, sizeof path, "/sys/block/%s/dev", disks[i].name);
-        if (read_text(path, disks[i].device, sizeof disks[i].device) < 0)
-            refuse_errno("disk %s has no number", disks[i].name);
+        char serial[64];
+        identify(&disks[i], serial, sizeof serial);
         size_t layer = 0;
         while (layer < policy->layer_count && strcmp(policy->layers[layer].name, serial) != 0)
             layer += 1;
@@ -210,6 +217,61 @@ static void match_disks(const struct policy *policy, size_t expected, struct dis
     for (size_t i = 0; i < policy->layer_count; i++)
         if (!of_layer[i].name[0])
             refuse("layer %s: no disk has its serial", policy->layers[i].name);
+}
+
+/* Which partition is which layer's: by its number, which is as much the host's claim. There is no other disk, and no
+ * other partition on it. */
+static void match_partitions(const struct policy *policy, struct disk *disks, size_t count, struct disk *of_layer)
+{
+    char serial[64], path[80];
+    for (size_t i = 0; i < count; i++) {
+        identify(&disks[i], serial, sizeof serial);
+        if (strcmp(serial, policy->disk) != 0)
+            refuse("disk %s has the serial '%s', which the policy does not name", disks[i].name, serial);
+    }
+    if (count != 1)
+        refuse("%s disk has the serial %s", count ? "more than one" : "no", policy->disk);
+    /* Whoever opens a disk first waits until the kernel has looked for its partitions (Linux: block/bdev.c). */
+    snprintf(path, sizeof path, "/dev/%s", disks->name);
+    int fd = -1;
+    for (int waited = 0; (fd = open(path, O_RDONLY | O_CLOEXEC)) < 0; waited += STEP_MS, pause_ms(STEP_MS))
+        if (waited >= WAIT_MS)
+            refuse_errno("disk %s", disks->name);
+    close(fd);
+    snprintf(path, sizeof path, "/sys/block/%s", disks->name);
+    DIR *entries = opendir(path);
+    struct dirent *entry;
+    while (entries && (entry = readdir(entries))) {
+        char text[16], file[400];
+        snprintf(file, sizeof file, "/sys/block/%s/%s/partition", disks->name, entry->d_name);
+        if (strlen(entry->d_name) >= sizeof of_layer->name || read_text(file, text, sizeof text) < 0)
+            continue;
+        unsigned long number = strtoul(text, NULL, 10);
+        if (number < 1 || number > policy->layer_count)
+            refuse("disk %s has a partition %s, which the policy does not name", disks->name, text);
+        strcpy(of_layer[number - 1].name, entry->d_name);
+        snprintf(file, sizeof file, "/sys/block/%s/%s/dev", disks->name, entry->d_name);
+        if (!read_device(file, &of_layer[number - 1]))
+            refuse_errno("partition %s has no number", entry->d_name);
+    }
+    if (entries)
+        closedir(entries);
+    for (size_t i = 0; i < policy->layer_count; i++)
+        if (!of_layer[i].name[0])
+            refuse("layer %s: disk %s has no partition %zu", policy->layers[i].name, disks->name, i + 1);
+}
+
+static void find_layers(const struct policy *policy, size_t expected, struct disk *of_layer)
+{
+    static struct disk disks[DISKS_MAX];
+    size_t count;
+    for (int waited = 0; (count = list_disks(disks)) < expected; waited += STEP_MS, pause_ms(STEP_MS))
+        if (waited >= WAIT_MS)
+            refuse("the host says that it has attached %zu disks, there are %zu", expected, count);
+    if (policy->disk[0])
+        match_partitions(policy, disks, count, of_layer);
+    else
+        match_disks(policy, disks, count, of_layer);
 }
 
 static int is(const struct layer *layer, const char *format)
@@ -307,7 +369,7 @@ int main(void)
     leave_initramfs();
     const struct policy *policy = take_policy();
     report_phase("policy");
-    match_disks(policy, disks_attached(port), disks);
+    find_layers(policy, disks_attached(port), disks);
     report_phase("disks");
     size_t mounted = 0;
     mount_layers(policy, disks, &mounted);

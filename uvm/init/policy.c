@@ -118,17 +118,26 @@ static int strings(struct reader *r, char **list)
     return expect(r, "]");
 }
 
+/* What can be the serial of a disk: into `to`, of SERIAL_BYTES_MAX + 1 bytes. */
+static int serial(struct reader *r, char *to)
+{
+    const char *name = string(r);
+    if (!name)
+        return 0;
+    if (!*name || strlen(name) > SERIAL_BYTES_MAX || name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789-")])
+        return wrong(r, "a name has 1 to %d of a-z, 0-9 and -", SERIAL_BYTES_MAX);
+    strcpy(to, name);
+    return 1;
+}
+
 static int parse_layer(struct reader *r, struct policy *policy)
 {
     struct layer *layer = &policy->layers[policy->layer_count];
     uint64_t data_block, hash_block;
-    const char *name, *format, *root_hash;
+    const char *name = layer->name, *format, *root_hash;
 
-    if (!expect(r, "{\"name\":") || !(name = string(r)))
+    if (!expect(r, "{\"name\":") || !serial(r, layer->name))
         return 0;
-    if (!*name || strlen(name) > SERIAL_BYTES_MAX || name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789-")])
-        return wrong(r, "a name has 1 to %d of a-z, 0-9 and -", SERIAL_BYTES_MAX);
-    strcpy(layer->name, name);
     for (size_t i = 0; i < policy->layer_count; i++)
         if (strcmp(policy->layers[i].name, name) == 0)
             return wrong(r, "two layers have the name %s", name);
@@ -165,7 +174,11 @@ static int parse_layer(struct reader *r, struct policy *policy)
 
 static int parse(struct reader *r, struct policy *policy)
 {
-    if (!expect(r, "{\"version\":1,\"layers\":["))
+    if (!expect(r, "{\"version\":1,"))
+        return 0;
+    if (starts_with(r, "\"disk\":") && (!expect(r, "\"disk\":") || !serial(r, policy->disk) || !expect(r, ",")))
+        return 0;
+    if (!expect(r, "\"layers\":["))
         return 0;
     for (;;) {
         if (policy->layer_count == LAYERS_MAX)
@@ -194,6 +207,7 @@ const char *policy_parse(char *text, size_t size, struct policy *policy)
     static struct reader r;
     r = (struct reader){text, text, text + size, ""};
     policy->layer_count = 0;
+    policy->disk[0] = 0;
     return parse(&r, policy) ? NULL : r.error;
 }
 

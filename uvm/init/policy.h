@@ -30,6 +30,7 @@ struct layer {
 };
 
 struct policy {
+    char disk[SERIAL_BYTES_MAX + 1]; /* serial of the one whose partition N is layers[N - 1]; "": each layer has a disk */
     size_t layer_count;
     struct layer layers[LAYERS_MAX]; /* top first */
     char *args[STRINGS_MAX + 1], *env[STRINGS_MAX + 1];

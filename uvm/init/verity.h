@@ -8,8 +8,8 @@
 
 #include "policy.h"
 
-struct disk {
-    char name[32];   /* "vda" */
+struct disk { /* or a partition of one */
+    char name[32];   /* "vda", "vda1" */
     char device[24]; /* "254:0" */
 };
 
