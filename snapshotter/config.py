@@ -12,9 +12,9 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from blockdev.formats.layer_file import LAYER_FORMATS
+from blockdev.formats.layer_file import FORMATS, LAYER_FORMATS
 from blockdev.formats.limits import Limits
-from snapshotter.contracts import CONTRACTS
+from snapshotter.contracts import CONTRACTS, Place
 from snapshotter.errors import ConfigError
 
 DEFAULT_PATH: Final = Path("/etc/tardev-snapshotter/config.toml")
@@ -25,6 +25,7 @@ _UNKNOWN: Final = re.compile(r"Object contains unknown field `([^`]*)`")
 _STATE: Final = "/var/lib/containerd"
 _SOCKET_PATH_BYTES_MAX: Final = 107  # Linux: include/uapi/linux/un.h, without the NUL at the end
 _LINKS_BYTES_MAX: Final = 1024
+_WRITABLE_BYTES_MIN: Final = 1 << 20
 # What grpc.sock below the root needs of that.
 _ROOT_BYTES_MAX: Final = _SOCKET_PATH_BYTES_MAX - len("/grpc.sock")
 
@@ -92,6 +93,7 @@ class SnapshotterName(_Table, frozen=True):
     skip_download: bool = False
     max_layers: _Count = 0  # until a contract fills in its own
     remap_ids: bool = False
+    writable_size: str = "0"
     encoding: str = ""  # until a contract fills in its own
     layers: str = ""
 
@@ -118,11 +120,11 @@ class Config(_Table, frozen=True):
     )
 
     def links(self) -> dict[str, Path]:
-        """Of each name whose contract names layers as files: the directory of their links."""
+        """Of each name whose contract names layers by chain IDs: the directory of their links."""
         return {
             name: Path(chosen.layers or f"{self.root}/layers")
             for name, chosen in self.snapshotters.items()
-            if not CONTRACTS[chosen.contract].ACTIVATES
+            if CONTRACTS[chosen.contract].PLACE is Place.LINKED
         }
 
 
@@ -195,7 +197,10 @@ def _check(config: Config) -> None:
                 f" it has: {', '.join(LAYER_FORMATS)}"
             )
         if chosen.format not in CONTRACTS[chosen.contract].FORMATS:
-            raise ConfigError(f"snapshotters.{name}: contract {chosen.contract} cannot use format {chosen.format}")
+            raise ConfigError(
+                f"snapshotters.{name}: contract {chosen.contract} cannot use format {_described(chosen.format)};"
+                f" it can use: {', '.join(map(_described, sorted(CONTRACTS[chosen.contract].FORMATS)))}"
+            )
         most = CONTRACTS[chosen.contract].MAX_LAYERS
         if chosen.max_layers > most:
             raise ConfigError(f"snapshotters.{name}.max_layers: {most} are the most for contract {chosen.contract}")
@@ -207,6 +212,7 @@ def _check(config: Config) -> None:
                 ' it cannot go with builds.sharing = "namespace"'
             )
         _check_links(config, name, chosen)
+        _check_writable(name, chosen)
     owners: dict[str, str] = {}
     for name, directory in config.links().items():
         first = owners.setdefault(os.path.normpath(directory), name)
@@ -215,6 +221,23 @@ def _check(config: Config) -> None:
                 f"snapshotters.{name}.layers: {directory} holds the layers of {first}, which are of another format;"
                 " give one of them another directory"
             )
+
+
+def _described(layer_format: str) -> str:
+    known = FORMATS[layer_format]
+    blocks = f"{known.params.data_block_bytes}/{known.params.hash_block_bytes}"
+    return f"{layer_format} (file system {known.file_system}, verity blocks of {blocks} bytes)"
+
+
+def _check_writable(name: str, chosen: SnapshotterName) -> None:
+    try:
+        size = parse_size(chosen.writable_size)
+    except ConfigError as error:
+        raise ConfigError(f"snapshotters.{name}.writable_size: {error}") from None
+    if size and not CONTRACTS[chosen.contract].TAKES_WRITABLE:
+        raise ConfigError(f"snapshotters.{name}.writable_size: contract {chosen.contract} has nothing to write to")
+    if 0 < size < _WRITABLE_BYTES_MIN:
+        raise ConfigError(f"snapshotters.{name}.writable_size: a file system has {_WRITABLE_BYTES_MIN} bytes or more")
 
 
 def _check_links(config: Config, name: str, chosen: SnapshotterName) -> None:
@@ -226,8 +249,8 @@ def _check_links(config: Config, name: str, chosen: SnapshotterName) -> None:
         )
     if not chosen.layers:
         return
-    if contract.ACTIVATES:
-        raise ConfigError(f"snapshotters.{name}.layers: contract {chosen.contract} mounts layers, it names no files")
+    if contract.PLACE is not Place.LINKED:
+        raise ConfigError(f"snapshotters.{name}.layers: contract {chosen.contract} gives layers no names by chain ID")
     if not chosen.layers.startswith("/") or any(char in chosen.layers for char in "\0,:\\"):
         raise ConfigError(f"snapshotters.{name}.layers must be an absolute path without comma, colon or backslash")
     if len(chosen.layers.encode()) > _LINKS_BYTES_MAX:

@@ -25,7 +25,7 @@ from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 from snapshotter.builder import Builder
 from snapshotter.config import Config
 from snapshotter.content import Content
-from snapshotter.contracts import CONTRACTS
+from snapshotter.contracts import CONTRACTS, Place
 from snapshotter.directories import Directories
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
 from snapshotter.interceptor import Interceptor
@@ -108,7 +108,7 @@ async def run(settings: Config) -> None:
         bound = listener.bind(Path(settings.address))
         at_end.callback(bound.release)
         contracts = {name: CONTRACTS[chosen.contract] for name, chosen in settings.snapshotters.items()}
-        unmounted = frozenset(name for name, contract in contracts.items() if not contract.ACTIVATES)
+        unmounted = frozenset(name for name, contract in contracts.items() if contract.PLACE is not Place.MOUNTED)
         metastore = Metastore(root / FILE_NAME, unmounted=unmounted)
         at_end.push_async_callback(metastore.close)
         store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
@@ -142,6 +142,7 @@ async def run(settings: Config) -> None:
                 remap_ids=chosen.remap_ids,
                 skip_download=chosen.skip_download,
                 encoding=chosen.encoding,
+                writable_bytes=config.parse_size(chosen.writable_size),
             )
             for name, chosen in settings.snapshotters.items()
         }

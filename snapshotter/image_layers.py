@@ -21,10 +21,11 @@ from snapshotter.builder import Builder
 from snapshotter.config import Config
 from snapshotter.containerd import CALL_SECONDS, Leases, refused
 from snapshotter.content import Caller, Content
-from snapshotter.contracts import CONTRACTS, Mount
+from snapshotter.contracts import CONTRACTS, Mount, Place
 from snapshotter.errors import DataLoss, FailedPrecondition, Internal
 from snapshotter.images import Image
 from snapshotter.layerstore import LayerStore
+from snapshotter.made import Made
 from snapshotter.metastore import Kind, Layer, Metastore, Snapshot
 from snapshotter.parents import Parents
 from snapshotter.tasks import to_the_end
@@ -59,12 +60,15 @@ async def on_the_node(
     chain = _chain(settings, snapshotter, image, caller)
     store = LayerStore(Path(settings.root))
     own = [PlacedLayer(layer, store.path(layer.diff_id, layer.format)) for layer in chain]
-    if contract.ACTIVATES:
+    if contract.PLACE is Place.MOUNTED:
         yield own
         return
     async with _view(content, snapshotter, image, caller) as mounts:
         try:
-            named = [_named(path, own) for path in contract.layer_files(mounts)]
+            paths = contract.layer_files(mounts)
+            if len(own) < contract.MIN_LAYERS:
+                paths = paths[: len(own)]  # the others are empty
+            named = [_named(path, own) for path in paths]
         except ValueError as error:
             raise Internal(f"snapshotter {snapshotter}: {error}") from None
         missing = [placed for placed in own if placed.layer not in [each.layer for each in named]]
@@ -150,7 +154,7 @@ async def built(content: Content, image: Image, directory: Path, format: str) ->
             for layer, diff_id in zip(layers, image.diff_ids, strict=True):
                 if layer.diff_id != diff_id:
                     raise DataLoss(f"image {image.name}: its config says {diff_id} of the layer {layer.diff_id}")
-            on_top = await Parents(rows, store, builder).of_layers(layers)
+            on_top = await Parents(rows, store, builder, Made(rows, store, builder)).of_layers(layers)
         finally:
             await builder.close()
     finally:

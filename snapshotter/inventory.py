@@ -28,6 +28,7 @@ class Inventory:
     layers_in_use: frozenset[LayerID]
     unsettled_links: tuple[Snapshot, ...] = ()  # committed ones, without the link that they should have or with another
     stray_links: tuple[Path, ...] = ()
+    bad_sidecars: tuple[tuple[Layer, str], ...] = ()  # of READY layers, and why
 
 
 async def take(
@@ -40,15 +41,19 @@ async def take(
 
     def look() -> Inventory:
         contradictions = {}
+        bad_sidecars = []
         for layer in layers:
             if layer.state is LayerState.READY:
                 try:
                     why = store.contradiction(layer)
+                    wrong = store.sidecar_contradiction(layer)
                 except OSError as error:
                     get_logger().error("a layer file cannot be looked at", diff_id=layer.diff_id, error=str(error))
                     continue
                 if why:
                     contradictions[layer.id] = why
+                elif wrong:
+                    bad_sidecars.append((layer, wrong))
         sound = [layer for layer in layers if layer.id not in contradictions]
         unsettled, strays = links.look(snapshots, sound)
         return Inventory(
@@ -62,6 +67,7 @@ async def take(
             frozenset(in_use),
             tuple(unsettled),
             tuple(strays),
+            tuple(bad_sidecars),
         )
 
     return await asyncio.to_thread(look)

@@ -2,8 +2,9 @@
 """Layer files on disk: <root>/layers/FORMAT/HEX, and <root>/staging for what is being written.
 
 A file in `layers` is whole: it was synced, then renamed, then its directory was synced. Whether it is
-also a layer is for the metadata to say. <root>/tables/FORMAT/HEX is the table of the directories that
-a layer made for want of an entry, which most have none of: there before the layer, gone after it.
+also a layer is for the metadata to say. Beside it there may be its sidecar. <root>/tables/FORMAT/HEX is the
+table of the directories that a layer made for want of an entry, which most have none of: there before the
+layer, gone after it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev.errors import FormatError
-from blockdev.formats.layer_file import STORED_FORMATS, open_layer_file
+from blockdev.formats.layer_file import STORED_FORMATS, format_named, open_layer_file
+from snapshotter.contracts import kata_erofs
 from snapshotter.errors import ResourceExhausted
 from snapshotter.metastore import Layer
 from snapshotter.tasks import to_the_end
@@ -58,6 +60,9 @@ class LayerStore:
 
     def path(self, diff_id: str, format: str) -> Path:
         return self._layers / format / diff_id.removeprefix("sha256:")
+
+    def sidecar_path(self, diff_id: str, format: str) -> Path:
+        return kata_erofs.sidecar_path(self.path(diff_id, format))
 
     def table_path(self, diff_id: str, format: str) -> Path:
         return self._tables / format / diff_id.removeprefix("sha256:")
@@ -147,6 +152,40 @@ class LayerStore:
             return "is another layer's"
         return ""
 
+    def sidecar_contradiction(self, layer: Layer) -> str | None:
+        """Why the sidecar is not what the row gives; "" where it is, None where there is none. Raises OSError."""
+        path = self.sidecar_path(layer.diff_id, layer.format)
+        try:
+            with path.open("rb") as file:
+                raw = file.read(kata_erofs.SIDECAR_BYTES_MAX + 1)
+        except FileNotFoundError:
+            return None
+        return kata_erofs.sidecar_contradiction(raw, *_of_sidecar(layer))
+
+    def write_sidecar(self, layer: Layer) -> None:
+        """Durable when this returns. Raises OSError."""
+        fd, name = tempfile.mkstemp(dir=self.staging)
+        try:
+            try:
+                content = kata_erofs.sidecar(*_of_sidecar(layer))
+                if os.write(fd, content) != len(content):
+                    raise OSError(f"short write of {name}")
+                os.fchmod(fd, 0o400)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            target = self.sidecar_path(layer.diff_id, layer.format)
+            os.rename(name, target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        sync_directory(target.parent)
+
+    def drop_sidecar(self, layer: Layer) -> None:
+        """The next container that needs it gets a new one."""
+        self.sidecar_path(layer.diff_id, layer.format).unlink(missing_ok=True)
+
     def lacks_table(self, layer: Layer) -> bool:
         """What is missing keeps no container from starting, and every other chain from being committed on the layer."""
         return layer.has_table and not self.table_path(layer.diff_id, layer.format).exists()
@@ -156,9 +195,9 @@ class LayerStore:
         self.table_path(layer.diff_id, layer.format).unlink(missing_ok=True)
 
     def listing(self) -> list[tuple[str, str]]:
-        """(diff ID, format) of every file, whatever its worth, and of every table."""
+        """(diff ID, format) of every file, whatever its worth, of every sidecar and of every table."""
         found = {
-            (f"sha256:{entry.name}", directory.name)
+            (f"sha256:{kata_erofs.layer_of_sidecar(entry.name)}", directory.name)
             for top in (self._layers, self._tables)
             for directory in top.iterdir()
             if directory.is_dir()
@@ -170,12 +209,15 @@ class LayerStore:
         """Out of the way, for somebody to look at."""
         place = self.root / "quarantine"
         place.mkdir(mode=0o700, exist_ok=True)
+        self.sidecar_path(diff_id, format).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             os.rename(self.path(diff_id, format), place / f"{format}-{diff_id.removeprefix('sha256:')}")
 
     def delete(self, diff_id: str, format: str) -> None:
         self._sound.pop(self.path(diff_id, format), None)
-        for path in (self.path(diff_id, format), self.table_path(diff_id, format)):
+        for path in (
+            self.sidecar_path(diff_id, format), self.path(diff_id, format), self.table_path(diff_id, format),
+        ):  # fmt: skip
             with suppress(FileNotFoundError):
                 path.unlink()
                 sync_directory(path.parent)
@@ -184,6 +226,10 @@ class LayerStore:
 def _look(status: os.stat_result, layer: Layer) -> tuple[object, ...]:
     """What is the same as long as file and row are. Not the time of the inode, which changes with its links."""
     return (status.st_ino, status.st_size, status.st_mtime_ns, layer.root_hash, layer.tar_size_bytes)
+
+
+def _of_sidecar(layer: Layer) -> tuple[str, int, bytes]:
+    return layer.root_hash, layer.data_size_bytes, format_named(layer.format).params.salt
 
 
 def sync_directory(path: Path) -> None:

@@ -8,9 +8,7 @@ layer of the chain below and the new layer's own table, so that a chain of 128 l
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -22,21 +20,16 @@ from blockdev.formats import directory_table, parents
 from blockdev.formats.directory_table import Record
 from blockdev.formats.erofs_reader import Reader
 from blockdev.formats.layer_file import FORMATS, HEAD_BYTES, of_chain
-from blockdev.formats.layer_writer import LayerWriter
-from blockdev.formats.limits import Limits
 from blockdev.formats.parents import Carried, Cursor
-from blockdev.workers.launch import LayerRecord
 from snapshotter.activation import BrokenLayer
 from snapshotter.builder import Builder
 from snapshotter.errors import Internal, translate
-from snapshotter.layerstore import LayerStore, Staged
+from snapshotter.layerstore import LayerStore
 from snapshotter.log import get_logger
+from snapshotter.made import Made, identity
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
-from snapshotter.tasks import to_the_end
-from snapshotter.trace import trace
-from verity.buffers import Buffer, ReadAt
+from verity.buffers import ReadAt
 from verity.errors import VerityError
-from verity.hasher import LeafStore
 from verity.tree import Geometry
 from verity.verify import VerifiedReader
 
@@ -52,8 +45,8 @@ class BrokenTable(BrokenLayer):
 
 
 class Parents:
-    def __init__(self, metastore: Metastore, store: LayerStore, builder: Builder) -> None:
-        self._metastore, self._store, self._builder = metastore, store, builder
+    def __init__(self, metastore: Metastore, store: LayerStore, builder: Builder, made: Made) -> None:
+        self._metastore, self._store, self._builder, self._made = metastore, store, builder, made
         # Worked out at Apply, for the Commit that follows it: containerd holds its write transaction then.
         self._known: dict[tuple[SnapshotID, LayerID], LayerID | None] = {}
         self._log = get_logger()
@@ -78,7 +71,7 @@ class Parents:
                     self._builder.touch(found)
                 return known
         table = await self._table_with(parent, layer)
-        made = await self._stored(table, above) if table else None
+        made = await self._made.stored(table, above) if table else None
         while len(self._known) >= _REMEMBERED:
             self._known.pop(next(iter(self._known)))
         self._known[key] = made.id if made is not None else None
@@ -91,7 +84,7 @@ class Parents:
         if above is None:
             return None
         table = await self._run(lambda files: _packed(_carried_by(files, layers)))
-        return await self._stored(table, above) if table else None
+        return await self._made.stored(table, above) if table else None
 
     async def again(self, snapshot: Snapshot) -> None:
         """Make the lost parents layer of a committed snapshot once more, from all of its layers.
@@ -104,9 +97,9 @@ class Parents:
         if lost is None:
             return
         table = await self._run(lambda files: _packed(_carried_by(files, layers)))
-        if _identity(table) != lost.diff_id:
+        if identity(table) != lost.diff_id:
             raise Internal(f"the layers of snapshot {snapshot.name!r} do not give the parents layer {lost.diff_id}")
-        await self._stored(table, lost.format)
+        await self._made.stored(table, lost.format)
 
     async def mend(self) -> None:
         """All that were found broken. What cannot be made again is logged; a container on it meets it once more."""
@@ -156,34 +149,6 @@ class Parents:
             raise
         except BlockdevError as error:
             raise translate(error) from error
-
-    async def _stored(self, table: bytes, format: str) -> Layer:
-        """READY, by its identity."""
-        started = time.monotonic()
-        identity = _identity(table)
-        async with self._builder.publishing:
-            found = await self._metastore.layer(identity, format)
-            if found is not None and found.state is LayerState.READY and not await self._contradiction(found):
-                self._builder.touch(found)
-                return found
-            async with self._store.staged() as staged:
-                built = await asyncio.to_thread(_build, staged, table, format)
-                return await to_the_end(self._publish(staged, built, started))
-
-    async def _contradiction(self, layer: Layer) -> str:
-        return await asyncio.to_thread(self._store.contradiction, layer)
-
-    async def _publish(self, staged: Staged, built: LayerRecord, started: float) -> Layer:
-        await asyncio.to_thread(self._store.publish, staged, built.diff_id, built.format)
-        trace("parents.published")
-        layer = await self._metastore.publish_layer(built, time.monotonic() - started)
-        self._builder.touch(layer)
-        self._log.info("parents layer made", diff_id=layer.diff_id, root_hash=layer.root_hash, entries=layer.entries)
-        return layer
-
-
-def _identity(table: bytes) -> str:
-    return "sha256:" + hashlib.sha256(table).hexdigest()
 
 
 class _Files:
@@ -276,28 +241,3 @@ def _carried_by(files: _Files, layers: Sequence[Layer]) -> Carried | None:
             lowers = map(files.cursor, reversed(layers[:number]))
             carried = parents.merged(carried, files.made(layer), files.cursor(layer), lowers)
     return carried
-
-
-def _build(staged: Staged, table: bytes, format: str) -> LayerRecord:
-    """The layer file, into the staged one. Raises OSError."""
-    offset = HEAD_BYTES
-
-    def write(data: Buffer) -> None:
-        nonlocal offset
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(staged.fd, view, offset)
-            offset += written
-            view = view[written:]
-
-    def write_head(data: bytes) -> None:
-        if os.pwrite(staged.fd, data, 0) != len(data):
-            raise OSError("short write of the head")
-
-    writer = LayerWriter(FORMATS[format], write=write, write_head=write_head, leaves=LeafStore(), limits=Limits())
-    writer.feed(table)
-    built = writer.finish(hashlib.sha256(table).digest())
-    return LayerRecord(
-        built.format, "sha256:" + built.diff_id.hex(), built.root_hash.hex(), built.tar_size_bytes,
-        built.data_size_bytes, built.tree_size_bytes, built.file_size_bytes, built.entries, built.warnings,
-    )  # fmt: skip

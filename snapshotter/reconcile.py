@@ -74,6 +74,14 @@ class DeleteLink:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class DropSidecar:
+    """It says something else than the layer's row."""
+
+    layer: Layer
+    reason: str
+
+
 Action: TypeAlias = (
     DeleteStaged
     | DeleteLayerFile
@@ -83,6 +91,7 @@ Action: TypeAlias = (
     | ReleaseMounts
     | SettleLink
     | DeleteLink
+    | DropSidecar
 )
 
 
@@ -106,6 +115,7 @@ def plan(inventory: Inventory) -> list[Action]:
         actions.append(ReleaseMounts())
     actions += [SettleLink(snapshot) for snapshot in inventory.unsettled_links]
     actions += [DeleteLink(path) for path in inventory.stray_links]
+    actions += [DropSidecar(layer, reason) for layer, reason in inventory.bad_sidecars]
     return actions
 
 
@@ -153,3 +163,5 @@ async def _do(
             await links.settle(snapshot)
         case DeleteLink(path):
             await asyncio.to_thread(path.unlink, missing_ok=True)
+        case DropSidecar(layer, _):
+            await asyncio.to_thread(store.drop_sidecar, layer)

@@ -22,7 +22,7 @@ from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
 from snapshotter.candidates import Candidates
 from snapshotter.content import Blob, Caller, Content
-from snapshotter.contracts import CONTRACTS, Contract, Lower, Mount
+from snapshotter.contracts import CONTRACTS, Contract, Lower, Mount, Place
 from snapshotter.contracts.limit import check_layers
 from snapshotter.contracts.mount import directories_of, extraction_mounts, own_directory
 from snapshotter.differ import Differ
@@ -40,9 +40,11 @@ from snapshotter.idmap import GID_LABEL, UID_LABEL, IDMapping, keeping, mapping_
 from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.log import get_logger
+from snapshotter.made import Made
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component
 from snapshotter.parents import Parents
+from snapshotter.sidecars import Sidecars
 from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
 from snapshotter.usage import Usage, Use
@@ -60,6 +62,7 @@ class Named:
     remap_ids: bool = False
     skip_download: bool = False
     encoding: str = ""
+    writable_bytes: int = 0
 
 
 class Snapshots:
@@ -82,7 +85,9 @@ class Snapshots:
         self._cache_bytes = cache_bytes
         formats = {name: named.format for name, named in names.items()}
         self._candidates = Candidates(formats, builder, content)
-        self._parents = Parents(metastore, store, builder)
+        made = Made(metastore, store, builder)
+        self._parents = Parents(metastore, store, builder, made)
+        self._sidecars = Sidecars(store, made)
         self._usage = Usage(directories.filled)
         self._content = content
         self._differ = Differ(
@@ -350,7 +355,7 @@ class Snapshots:
             await self._directories.remove(str(snapshot.id))
 
     async def _release(self, gone: Snapshot) -> None:
-        if not self._contract(gone).ACTIVATES:
+        if self._contract(gone).PLACE is not Place.MOUNTED:
             return
 
         async def in_use() -> set[LayerID] | None:
@@ -496,7 +501,7 @@ class Snapshots:
             return own_directory(filled, read_only=view)
         if view:
             return contract.container_mounts(lowers, None, None, named.encoding)
-        return contract.container_mounts(lowers, filled, work, named.encoding)
+        return contract.container_mounts(lowers, filled, work, named.encoding, named.writable_bytes)
 
     async def _lowers(
         self,
@@ -508,9 +513,15 @@ class Snapshots:
         again."""
 
         async def ensure() -> list[Lower]:
-            if self._contract(snapshot).ACTIVATES:
-                return await self._activation.ensure(layers, mapped)
-            return await self._links.ensure(snapshot, layers)
+            contract = self._contract(snapshot)
+            match contract.PLACE:
+                case Place.MOUNTED:
+                    return await self._activation.ensure(layers, mapped)
+                case Place.LINKED:
+                    return await self._links.ensure(snapshot, layers)
+                case Place.STORED:
+                    layer_format = self._names[snapshot.snapshotter].format
+                    return await self._sidecars.ensure(layers, layer_format, contract.MIN_LAYERS)
 
         try:
             return await ensure()
@@ -547,7 +558,7 @@ class Snapshots:
             return layer
         if not snapshot.extraction and not is_digest(last_component(name)):
             named = self._names[snapshot.snapshotter]
-            if snapshot.parent_id and not self._contract(snapshot).ACTIVATES:
+            if snapshot.parent_id and self._contract(snapshot).PLACE is not Place.MOUNTED:
                 raise FailedPrecondition(f"what the container of snapshot {snapshot.name!r} wrote is in its VM")
             mapping = self._mapping_of(snapshot)
             return await self._builder.build_changes(

@@ -17,7 +17,7 @@ from blockdev.formats.layer_file import format_named
 from snapshotter import images
 from snapshotter.config import Config
 from snapshotter.content import Caller, Content
-from snapshotter.contracts import CONTRACTS
+from snapshotter.contracts import CONTRACTS, Place
 from snapshotter.image_layers import PlacedLayer, built, on_the_node
 from snapshotter.images import Image
 from snapshotter.metastore import Layer
@@ -113,7 +113,8 @@ def _split(text: str) -> tuple[Path, str]:
 
 def _for_vms(settings: Config) -> str:
     names = list(settings.snapshotters)
-    return next((name for name in names if not CONTRACTS[settings.snapshotters[name].contract].ACTIVATES), names[0])
+    contracts = {name: CONTRACTS[chosen.contract] for name, chosen in settings.snapshotters.items()}
+    return next((name for name in names if contracts[name].PLACE is not Place.MOUNTED), names[0])
 
 
 def _policy_layer(number: int, layer: Layer) -> PolicyLayer:

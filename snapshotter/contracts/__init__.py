@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from snapshotter.contracts import host, kata_tardev
-from snapshotter.contracts.mount import Lower, Mount
+from snapshotter.contracts import host, kata_erofs, kata_tardev
+from snapshotter.contracts.mount import Lower, Mount, Place
 
 
 class Contract(Protocol):
@@ -19,11 +19,8 @@ class Contract(Protocol):
         """Formats whose layers it can name."""
 
     @property
-    def ACTIVATES(self) -> bool:
-        """Whether the daemon mounts the layers on the host first, and what a container writes stays there too.
-
-        Where not, the layers are named as files, by the links of `snapshotter.links`.
-        """
+    def PLACE(self) -> Place:
+        """Where the layers are when they are named."""
 
     @property
     def ENCODINGS(self) -> tuple[str, ...]:
@@ -46,21 +43,35 @@ class Contract(Protocol):
         """Layers that a runtime of this kind takes at the most; a name's default."""
 
     @property
+    def MIN_LAYERS(self) -> int:
+        """With fewer, empty layers are named below them."""
+
+    @property
     def REMAPS_IDS(self) -> bool:
         """Whether the layers can be shown under the IDs of a user namespace: those that the daemon mounts."""
 
+    @property
+    def TAKES_WRITABLE(self) -> bool:
+        """Whether the runtime can be given a file system on the host to write to."""
+
     def container_mounts(
-        self, lowers: Sequence[Lower], upper: Path | None, work: Path | None, encoding: str = ...
+        self,
+        lowers: Sequence[Lower],
+        upper: Path | None,
+        work: Path | None,
+        encoding: str = ...,
+        writable_bytes: int = ...,
     ) -> list[Mount]:
-        """For a container. `lowers`: topmost layer first, at least one; without `upper` the snapshot is a view."""
+        """For a container. `lowers`: topmost layer first, at least MIN_LAYERS; without `upper` the snapshot is a view.
+        `writable_bytes`: of the file system that a container writes to; 0 for none."""
 
     def layer_files(self, mounts: Sequence[Mount]) -> list[Path]:
-        """What `container_mounts` named, read back, topmost first; nothing where the contract ACTIVATES.
+        """What `container_mounts` named, read back, topmost first; nothing where its PLACE is MOUNTED.
 
         Raises ValueError for mounts that are none of this contract.
         """
 
 
-CONTRACTS: Final[dict[str, Contract]] = {"host": host, "kata-tardev": kata_tardev}
+CONTRACTS: Final[dict[str, Contract]] = {"host": host, "kata-tardev": kata_tardev, "kata-erofs": kata_erofs}
 
-__all__ = ["CONTRACTS", "Contract", "Lower", "Mount"]
+__all__ = ["CONTRACTS", "Contract", "Lower", "Mount", "Place"]

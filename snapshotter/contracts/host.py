@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from snapshotter.contracts.mount import Lower, Mount
+from snapshotter.contracts.mount import Lower, Mount, Place
 
 FORMATS: Final = frozenset({"tar-index", "erofs-4k"})
-ACTIVATES: Final = True
+PLACE: Final = Place.MOUNTED
 ENCODINGS: Final = ("",)
 ROOT_HASH_LABEL: Final = ""
 NAMES_PARENTS: Final = True
@@ -19,10 +19,14 @@ COUNTS_EQUAL_ONCE: Final = True
 # directory when containerd looks in read-only, for the users of an image. The options of a mount(2) share a page:
 # containerd then names directories relative to the one that they all share, here in 9 bytes each up to layer 16777215.
 MAX_LAYERS: Final = 400
+MIN_LAYERS: Final = 1
 REMAPS_IDS: Final = True
+TAKES_WRITABLE: Final = False
 
 
-def container_mounts(lowers: Sequence[Lower], upper: Path | None, work: Path | None, encoding: str = "") -> list[Mount]:
+def container_mounts(
+    lowers: Sequence[Lower], upper: Path | None, work: Path | None, encoding: str = "", writable_bytes: int = 0
+) -> list[Mount]:
     # Overlay refuses a directory twice; of equal layers only the topmost can be seen.
     stack = list(dict.fromkeys(str(lower.path) for lower in lowers))
     if upper is not None and work is not None:

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Final
 
 from blockdev.formats.layer_file import format_named
-from snapshotter.contracts.mount import Lower, Mount
+from snapshotter.contracts.mount import Lower, Mount, Place
 from snapshotter.names import ChainID
 
 FORMATS: Final = frozenset({"tarfs", "tar-index"})
-ACTIVATES: Final = False
+PLACE: Final = Place.LINKED
 # base64: branches 3.2.0.azl4 and erofs-main. plain: msft-main, and upstream's shim in Go, which know neither base64 nor
 # the prefix. Which one a node has, nothing tells.
 ENCODINGS: Final = ("base64", "plain")
 # The agent's mount(2) of the overlay has a page for its data: 65 bytes for each layer's name, and two directories.
 MAX_LAYERS: Final = 59
+MIN_LAYERS: Final = 1
 REMAPS_IDS: Final = False
+TAKES_WRITABLE: Final = False
 # Names are made of chain IDs, and policies hold as many as the image has layers: one more would be refused.
 NAMES_PARENTS: Final = False
 COUNTS_EQUAL_ONCE: Final = False
@@ -42,7 +44,11 @@ def layer_name(chain: ChainID) -> str:
 
 
 def container_mounts(
-    lowers: Sequence[Lower], upper: Path | None, work: Path | None, encoding: str = ENCODINGS[0]
+    lowers: Sequence[Lower],
+    upper: Path | None,
+    work: Path | None,
+    encoding: str = ENCODINGS[0],
+    writable_bytes: int = 0,
 ) -> list[Mount]:
     """Where a container writes, the agent says; so an active snapshot and a view are told the same."""
     plain = encoding == "plain"

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+
+class Place(enum.Enum):
+    """Where a runtime is told to look for layers."""
+
+    MOUNTED = enum.auto()  # on the host, by the daemon: and there is what a container writes
+    LINKED = enum.auto()  # files under names made of chain IDs: `snapshotter.links`
+    STORED = enum.auto()  # files where they are, each with a sidecar: `snapshotter.sidecars`
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.root, pytest.mark.erofs, pytest.mark.containerd, pytes
 BUILD = ["prepare.created", "build.staged", "build.built", "publish.staged", "publish.synced", "publish.renamed",
          "publish.in_transaction", "build.published", "build.recorded"]  # fmt: skip
 COMMIT = ["commit.checked", "commit.committed"]
-PARENTS = ["publish.table_renamed", "parents.published"]
+PARENTS = ["publish.table_renamed", "made.published"]
 APPLY = ["apply.built", "apply.recorded"]  # not with 1.6, which has no differ
 
 

@@ -210,12 +210,44 @@ def test_a_snapshotter_that_lacks_a_key_is_named(missing: str) -> None:
     assert "mine" in message
 
 
-@pytest.mark.parametrize("contract", ["kata_tardev", "kata-erofs", "Host", ""])
+@pytest.mark.parametrize("contract", ["kata_tardev", "kata_erofs", "Host", ""])
 def test_a_contract_that_this_version_lacks_is_named(contract: str) -> None:
     message = refused(f'[snapshotters.tardev]\ncontract = "{contract}"\nformat = "tar-index"\n')
     assert "snapshotters.tardev" in message
     assert repr(contract) in message
     assert all(name in message for name in CONTRACTS)
+
+
+@pytest.mark.parametrize(
+    ("layer_format", "blocks"), [("tar-index", "erofs, verity blocks of 512/4096"), ("tarfs", "tar, ver")]
+)
+def test_formats_that_upstreams_agent_cannot_verify_are_refused(layer_format: str, blocks: str) -> None:
+    message = refused(f'[snapshotters.tardev-kata]\ncontract = "kata-erofs"\nformat = "{layer_format}"\n')
+    assert f"contract kata-erofs cannot use format {layer_format} (file system {blocks}" in message
+    assert "it can use: erofs-4k (file system erofs, verity blocks of 4096/4096 bytes)" in message
+
+
+@pytest.mark.parametrize(
+    ("contract", "layer_format", "size", "reason"),
+    [
+        ("kata-erofs", "erofs-4k", "10 MB", "'10 MB' is no size"),
+        ("kata-erofs", "erofs-4k", "1023KiB", "a file system has 1048576 bytes or more"),
+        ("kata-tardev", "tarfs", "1GiB", "contract kata-tardev has nothing to write to"),
+        ("host", "tar-index", "1GiB", "contract host has nothing to write to"),
+    ],
+)
+def test_a_file_system_to_write_to_that_cannot_be(contract: str, layer_format: str, size: str, reason: str) -> None:
+    text = f'[snapshotters.mine]\ncontract = "{contract}"\nformat = "{layer_format}"\nwritable_size = "{size}"\n'
+    assert f"snapshotters.mine.writable_size: {reason}" in refused(text)
+
+
+def test_what_upstreams_kata_gets_where_nothing_is_said() -> None:
+    text = '[snapshotters.mine]\ncontract = "kata-erofs"\nformat = "erofs-4k"\n'
+    found = parse(text).snapshotters["mine"]
+    assert (found.max_layers, found.encoding, found.writable_size) == (128, "", "0")
+    assert parse(text).links() == {}
+    for wrong in ("max_layers = 129", "remap_ids = true", 'encoding = "plain"', 'layers = "/l"'):
+        assert wrong.split()[0] in refused(text + wrong)
 
 
 @pytest.mark.parametrize("layer_format", ["tarfs-genpolicy", "erofs", "tar_index", ""])

@@ -25,6 +25,7 @@ from snapshotter.reconcile import (
     DeleteLink,
     DeleteSnapshotDirectory,
     DeleteStaged,
+    DropSidecar,
     MakeSnapshotDirectory,
     Quarantine,
     ReleaseMounts,
@@ -142,8 +143,13 @@ def test_everything_at_once() -> None:
         mounted=frozenset({LayerID(8)}),
         unsettled_links=(snapshot(3, Kind.COMMITTED, 1),),
         stray_links=(Path("/l/9"),),
+        bad_sidecars=((layer(2), "has another salt than the layer"),),
     )
-    assert plan(messy)[-2:] == [SettleLink(snapshot(3, Kind.COMMITTED, 1)), DeleteLink(Path("/l/9"))]
+    assert plan(messy)[-3:] == [
+        SettleLink(snapshot(3, Kind.COMMITTED, 1)),
+        DeleteLink(Path("/l/9")),
+        DropSidecar(layer(2), "has another salt than the layer"),
+    ]
     assert {type(action) for action in plan(messy)} == set(reconcile.Action.__args__)
     assert plan(messy) == plan(messy)
 

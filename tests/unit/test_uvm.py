@@ -76,9 +76,9 @@ texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 def test_the_guest_reads_what_the_host_wrote(
     guest_side: Path, args: list[str], env: list[str], cwd: str, user: str, sizes: list[int], disk: str
 ) -> None:
-    names = ["tar-index", "tarfs"]
+    names = ["tar-index", "tarfs", "erofs-4k"]
     layers = [
-        PolicyLayer(f"l{i}", names[i % 2], hashlib.sha256(b"%d" % i).digest(), 4096 * size, PRESETS[names[i % 2]])
+        PolicyLayer(f"l{i}", names[i % 3], hashlib.sha256(b"%d" % i).digest(), 4096 * size, PRESETS[names[i % 3]])
         for i, size in enumerate(sizes)
     ]
     text = Policy(layers, Process(["x", *args], env, f"/{cwd}", user), disk).text()

@@ -73,6 +73,7 @@ def assert_shows(guest: Guest, layers: list[Layer], listing: Layer, expected: di
     ]
 
 
+@pytest.mark.soak
 def test_the_guest_shows_the_merged_tree(
     guest: Guest, tmp_path: Path, listing_layer: Layer, expected_tree: Callable[[str], dict[str, Any]]
 ) -> None:

@@ -157,6 +157,23 @@ def test_a_changed_layer_of_containerds_is_refused(kata_node: Node, tmp_path: Pa
 @pytest.mark.root
 @pytest.mark.tool
 @pytest.mark.containerd
+@pytest.mark.parametrize(("name", "layers"), [("hello", 1), ("layers", 9)])
+def test_layers_for_upstreams_kata_run_as_well(tmp_path: Path, name: str, layers: int) -> None:
+    """Without the empty one that its mounts name below a single layer; with the parents layer on top of the others."""
+    names = KATA.replace("kata-tardev", "kata-erofs").replace("tar-index", "erofs-4k")
+    with a_node(tmp_path, "later", names) as node:
+        build_image(name, tmp_path)
+        node.containerd.import_image(tmp_path / f"{name}.tar")
+        reference = f"localhost/tardev-test/{name}:latest"
+        done = uvm_run("--config", node.daemon.config, reference, "--", "cat", "/etc/hello")
+        assert done.stdout.startswith("hello from"), done.stderr
+        assert len(table(done)) == layers
+
+
+@pytest.mark.soak
+@pytest.mark.root
+@pytest.mark.tool
+@pytest.mark.containerd
 def test_layers_that_the_host_mounts_run_as_well(tmp_path: Path) -> None:
     with a_node(tmp_path, "later") as node:
         build_image("layers", tmp_path)

@@ -12,6 +12,8 @@
 static const struct format formats[] = {
     {"tar-index", 512, 4096, "TARINDEX"},
     {"tar-index-parents", 512, 4096, "TARPARNT"},
+    {"erofs-4k", 4096, 4096, "EROFS-4K"},
+    {"erofs-4k-parents", 4096, 4096, "EROFS4KP"},
     {"tarfs", 4096, 4096, NULL},
     {"tarfs-index", 512, 4096, NULL},
 };
