@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,7 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("soak", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 IMAGES = (
     "hello", "hello-zstd", "hello-plain", "hello-docker", "layers", "layers-zstd", "layers-plain", "layers-mixed",
     "many", "dup",
@@ -24,17 +26,27 @@ IMAGES = (
 _TOOLS = ("runc", "skopeo", "docker-registry", "veritysetup", "strace", "zstd", "host-local")
 
 
+T = TypeVar("T")
+
+
+def in_every_run(values: Iterable[T], kept: Callable[[T], bool]) -> list[Any]:
+    """The values to parametrise a test with: those that are not kept are for ./dev soak alone."""
+    return [pytest.param(value, marks=() if kept(value) else pytest.mark.soak) for value in values]
+
+
 def _knows_erofs() -> bool:
     return any(line.split()[-1] == "erofs" for line in Path("/proc/filesystems").read_text().splitlines())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not SOAK:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
     root = os.geteuid() == 0
     missing = [tool for tool in _TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/usr/lib/cni")]
     releases = set(harness.releases())
-    built = all(
-        path.exists() for path in (harness.UNPACK, *harness.CONFORMANCE.values(), harness.CONFORMANCE_REFERENCE)
-    )
+    suites = harness.CONFORMANCE.values() if SOAK else [harness.CONFORMANCE[harness.LATER_CONFORMANCE]]
+    built = all(path.exists() for path in (harness.UNPACK, *suites, harness.CONFORMANCE_REFERENCE))
     no_guest = guest.missing()
     no_uvm = no_guest or harness.without_uvm()
     faults = missing or releases != harness.RELEASES or not built or (no_uvm and guest.ON_THIS_MACHINE)
@@ -57,8 +69,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}; ./dev setup does"))
         if item.get_closest_marker("uvm") and no_uvm:
             item.add_marker(pytest.mark.skip(reason=no_uvm))
-        if item.get_closest_marker("soak") and os.environ.get("HYPOTHESIS_PROFILE") != "soak":
-            item.add_marker(pytest.mark.skip(reason="takes long; ./dev soak runs it"))
         if item.get_closest_marker("containerd") and releases != harness.RELEASES:
             item.add_marker(pytest.mark.skip(reason="not every containerd is there; ./dev setup fetches them"))
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ import grpc
 
 from blockdev.formats.layer_file import FORMATS
 from blockdev.kernel.mounts import mounted_below, parse_mountinfo
+from snapshotter import metastore
 from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 from verity import veritysetup
 from verity.tree import Geometry
@@ -41,10 +43,11 @@ EROFS_UTILS = CACHE / "forky-erofs" / "root"
 UNPACK = CACHE / "go" / "unpack"  # containerd's unpacker: tests/differential/unpack
 # containerd's snapshotter suite, by its version, and a server that passes it: tests/conformance
 CONFORMANCE = {version: CACHE / "go" / f"conformance-{version}" for version in ("1.6", "1.7")}
+LATER_CONFORMANCE = "1.7"  # the other one is for ./dev soak, and built there
 CONFORMANCE_REFERENCE = CACHE / "go" / "conformance-reference"
 UVM_IMAGE = CACHE / "uvm"
-# After an outage containerd's gRPC back-off fails calls at once for up to 3 s.
-RETRY_SECONDS = 10.0
+# Of all waits that have no reason for another bound: nothing when things go well, enough for a machine at its limit.
+PATIENCE_SECONDS: Final = 120.0
 _TIMES_SAID = 3
 _PROGRAMS = (b"containerd-shim", b"docker-registry", b"tardev-snapshotter", b"blockdev.workers")
 
@@ -53,7 +56,7 @@ class ProcessFailed(Exception):
     pass
 
 
-def run(*argv: str | Path, timeout: float = 120, check: bool = True, **options: object) -> str:
+def run(*argv: str | Path, timeout: float = PATIENCE_SECONDS, check: bool = True, **options: object) -> str:
     """Standard output. Raises ProcessFailed with what the program said."""
     done: subprocess.CompletedProcess[bytes] = subprocess.run(
         [str(arg) for arg in argv],
@@ -68,7 +71,7 @@ def run(*argv: str | Path, timeout: float = 120, check: bool = True, **options: 
     return out
 
 
-def wait_for(what: str, check: object, seconds: float = 30) -> None:
+def wait_for(what: str, check: object, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not check():  # type: ignore[operator]
         if time.monotonic() > deadline:
@@ -109,9 +112,13 @@ def without_uvm() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Not of those that the kernel gives to clients: one of them could have it before the server does."""
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
@@ -135,7 +142,7 @@ class Server:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def wait_until(self, what: str, check: object, seconds: float = 30) -> None:
+    def wait_until(self, what: str, check: object, seconds: float = PATIENCE_SECONDS) -> None:
         def look() -> bool:
             if not self.alive():
                 raise ProcessFailed(f"{self.name} died before {what}:\n{self.log.read_text(errors='replace')[-4000:]}")
@@ -148,7 +155,7 @@ class Server:
             if self.alive():
                 self.process.send_signal(number)
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -188,7 +195,7 @@ class Daemon(Server):
 
     def metric(self, name: str, **labels: str) -> float:
         """Summed over the series that have the labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=PATIENCE_SECONDS) as reply:
             text = reply.read().decode()
         total = 0.0
         for line in text.splitlines():
@@ -202,6 +209,19 @@ class Daemon(Server):
 
     def layer_files(self) -> list[Path]:
         return sorted(path for path in (self.root / "layers").rglob("*") if path.is_file())
+
+    def await_kill(self) -> None:
+        """Until it has killed itself at the point that it was started for."""
+        assert self.process is not None
+        assert self.process.wait(PATIENCE_SECONDS) == -signal.SIGKILL, "the point was never reached"
+        self.process = None
+
+    def snapshots(self) -> list[metastore.Snapshot]:
+        """Parents first. From the database: `tardevctl snapshots` says the same, and takes its time to start."""
+        return metastore.read(self.root / metastore.FILE_NAME)[0]
+
+    def layers(self) -> list[metastore.Layer]:
+        return metastore.read(self.root / metastore.FILE_NAME)[1]
 
     def verify_layer(self, layer: Mapping[str, Any]) -> None:
         """cryptsetup's veritysetup, which knows nothing of us, about a row of `tardevctl layers`."""
@@ -270,6 +290,10 @@ def releases() -> dict[str, Release]:
 RELEASES: Final = frozenset({"system", "1.6", "1.7", "later"})  # what ./dev setup provides
 
 
+# Without pauses in proportion: on a busy machine a snapshot is else collected many seconds after its removal.
+EAGER_COLLECTION: Final = "[plugins.'io.containerd.gc.v1.scheduler']\npause_threshold = 0.5\n"
+
+
 @dataclass
 class Containerd(Server):
     release: Release
@@ -303,6 +327,7 @@ class Containerd(Server):
         )
         for snapshotter in self.snapshotters:
             text += f"[proxy_plugins.{snapshotter}]\ntype = 'snapshot'\naddress = '{self.daemon_address}'\n"
+        text += EAGER_COLLECTION
         if self.has_differ:
             text += (
                 f"[proxy_plugins.tardev-diff]\ntype = 'diff'\naddress = '{self.daemon_address}'\n"
@@ -326,7 +351,7 @@ class Containerd(Server):
 
     def _answers(self) -> bool:
         try:
-            self.ctr("version", timeout=10)
+            self.ctr("version", timeout=PATIENCE_SECONDS)
         except (ProcessFailed, subprocess.TimeoutExpired):
             return False
         return True
@@ -338,8 +363,8 @@ class Containerd(Server):
         )  # fmt: skip
 
     def retry(self, *arguments: str | Path, namespace: str = "") -> str:
-        """As an orchestrator would, over the time of containerd's back-off."""
-        deadline = time.monotonic() + RETRY_SECONDS
+        """As an orchestrator would: after an outage containerd's gRPC back-off fails calls at once, for up to 3 s."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 return self.ctr(*arguments, namespace=namespace)
@@ -434,7 +459,7 @@ class Registry(Server):
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{self.host}/v2/", timeout=5):
+            with urllib.request.urlopen(f"http://{self.host}/v2/", timeout=PATIENCE_SECONDS):
                 return True
         except OSError:
             return False

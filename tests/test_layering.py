@@ -20,7 +20,8 @@ OUTSIDE: dict[str, set[str] | None] = {
     "uvm": {"zstandard"},
 }
 # Only these know gRPC and protobuf.
-GRPC = {"api", "service", "interceptor", "daemon", "content", "ingest", "errors"}
+GRPC = {"api", "service", "interceptor", "daemon", "errors"}  # who is called,
+GRPC |= {"containerd", "content", "image_layers", "images", "ingest"}  # and who calls containerd
 
 
 def modules() -> list[tuple[str, Path]]:

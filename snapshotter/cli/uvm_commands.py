@@ -13,7 +13,6 @@ import typer
 
 import uvm as package
 from snapshotter import config, log
-from snapshotter.cli import uvm
 from snapshotter.cli.output import AsJSON, ConfigFile, reported, rows, show_json
 from snapshotter.errors import one_line
 from uvm.frames import Kind
@@ -63,6 +62,9 @@ def run(
 
     Output and exit status are the command's; what the layers were goes to standard error. Status 125: it was not run.
     """
+    # Here, for it brings the daemon's builder along, by which all other commands would start later.
+    from snapshotter.cli import uvm
+
     request = uvm.Request(
         image=image,
         command=command or (),

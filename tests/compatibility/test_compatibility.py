@@ -10,13 +10,11 @@ import pytest
 from tests.compatibility.bench import COLUMNS, Bench, bench
 from tests.compatibility.rows import FAILURES, ROWS, meaning, verdict
 from tests.compatibility.table import DOCUMENT, Table, Verdict, committed, parse, split
+from tests.conftest import in_every_run
 
 
 # In ./dev test the newest; the integration tests have much of the rest.
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name == COLUMNS[-1] else pytest.mark.soak) for name in COLUMNS],
-)
+@pytest.fixture(scope="module", params=in_every_run(COLUMNS, lambda name: name == COLUMNS[-1]))
 def on(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Bench]]:
     with bench(tmp_path_factory.mktemp("bench"), request.param) as made:
         yield request.param, made
@@ -39,7 +37,8 @@ def test_a_table_comes_back_as_it_was_written() -> None:
 @pytest.mark.containerd
 @pytest.mark.tool
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ROWS)
+# test_cri.py has more of the same.
+@pytest.mark.parametrize("title", in_every_run(ROWS, lambda title: not title.startswith("CRI ")))
 def test_the_table_is_true(on: tuple[str, Bench], title: str) -> None:
     column, made = on
     table = committed(COLUMNS)

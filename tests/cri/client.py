@@ -78,7 +78,7 @@ class Cri:
     # Pods and containers
 
     def ready(self) -> bool:
-        reply = self.runtime.Status(pb.StatusRequest(), timeout=10)
+        reply = self.runtime.Status(pb.StatusRequest(), timeout=_TIMEOUT)
         return any(condition.type == "RuntimeReady" and condition.status for condition in reply.status.conditions)
 
     def run_pod(self, config: pb.PodSandboxConfig, handler: str = "") -> Pod:
@@ -132,7 +132,7 @@ class Cri:
         return status
 
     def execute(self, container: str, *command: str) -> Output:
-        request = pb.ExecSyncRequest(container_id=container, cmd=command, timeout=30)
+        request = pb.ExecSyncRequest(container_id=container, cmd=command, timeout=int(_TIMEOUT))
         reply = self.runtime.ExecSync(request, timeout=_TIMEOUT)
         return Output(reply.stdout.decode(), reply.stderr.decode(), reply.exit_code)
 

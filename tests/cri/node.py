@@ -18,6 +18,7 @@ from snapshotter.api.proto import snapshots_pb2, types_pb2
 from snapshotter.metastore import Kind
 from tests.cri.client import Cri, connect
 from tests.harness import (
+    EAGER_COLLECTION,
     SNAPSHOTTER,
     Containerd,
     Daemon,
@@ -82,6 +83,7 @@ class CriContainerd(Containerd):
             f"[grpc]\naddress = '{self.address}'\n[ttrpc]\naddress = '{self.address}.ttrpc'\n"
             "[debug]\nlevel = 'debug'\n"
             f"[proxy_plugins.{SNAPSHOTTER}]\ntype = 'snapshot'\naddress = '{self.daemon_address}'\n"
+            f"{EAGER_COLLECTION}"
         )
         if version >= (1, 7):
             text += f"[proxy_plugins.{SNAPSHOTTER}.exports]\nroot = '{self.daemon_root}'\n"
@@ -234,6 +236,6 @@ def cri_node(directory: Path, release: Release, settings: Settings) -> Iterator[
         containerd.stop(signal.SIGKILL)
         daemon.clean_up()
     try:
-        wait_for("nothing is left behind", lambda: not host_state() - before, 20)
+        wait_for("nothing is left behind", lambda: not host_state() - before)
     except TimeoutError:
         raise AssertionError(f"left behind: {sorted(host_state() - before)}") from None

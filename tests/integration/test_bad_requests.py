@@ -379,9 +379,9 @@ def test_a_caller_that_goes_away(populated: Populated, method: str) -> None:
         if delay == "lock":
             with nobody_writes(api):
                 call = begin()
-                time.sleep(0.2)
+                wait_for("it is under way", lambda: call.done() or api.daemon.metric("tardev_rpc_running"))  # noqa: B023
                 call.cancel()
-                time.sleep(0.2)
+                wait_for("it has ended", lambda: not api.daemon.metric("tardev_rpc_running"))
         else:
             call = begin()
             time.sleep(float(delay))

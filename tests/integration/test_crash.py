@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -22,6 +21,12 @@ BUILD = ["prepare.created", "build.staged", "build.built", "publish.staged", "pu
 COMMIT = ["commit.checked", "commit.committed"]
 PARENTS = ["publish.table_renamed", "made.published"]
 APPLY = ["apply.built", "apply.recorded"]  # not with 1.6, which has no differ
+# On both sides of what a start has to tell apart: a file without a row, a row without a snapshot, a snapshot. 1.6
+# enters the same steps by another way, and builds in Commit too.
+EVERY_RUN = {
+    "system": {"commit.checked"},
+    "later": {"build.built", "publish.renamed", "apply.recorded", "commit.committed", "publish.table_renamed"},
+}
 
 
 # runc keeps the state of all containerds of a machine in one place.
@@ -48,9 +53,7 @@ def kill_during(node: Node, point: str, *arguments: str | Path) -> None:
     node.containerd.retry("snapshots", "--snapshotter", "tardev-host", "list")
     with pytest.raises(ProcessFailed):
         node.containerd.ctr(*arguments)
-    assert daemon.process is not None
-    assert daemon.process.wait(20) == -signal.SIGKILL, "the point was never reached"
-    daemon.process = None
+    daemon.await_kill()
     daemon.restart()
     # What was left is gone at once; a build that an unpacker may still wait for begins again.
     wait_for("staging is empty", lambda: not daemon.staged())
@@ -59,10 +62,9 @@ def kill_during(node: Node, point: str, *arguments: str | Path) -> None:
 @pytest.mark.parametrize(
     ("node", "point"),
     [
-        # The same steps, entered by another way; in ./dev test those of Commit, which builds too.
-        *(pytest.param("system", point, marks=pytest.mark.soak) for point in BUILD),
-        *(("system", point) for point in COMMIT),
-        *(("later", point) for point in BUILD + APPLY + COMMIT + PARENTS),
+        pytest.param(label, point, marks=() if point in EVERY_RUN[label] else pytest.mark.soak)
+        for label, points in {"system": BUILD + COMMIT, "later": BUILD + APPLY + COMMIT + PARENTS}.items()
+        for point in points
     ],
     indirect=["node"],
 )
@@ -87,15 +89,13 @@ def test_killed_in_a_remove(node: Node, images: Path, point: str) -> None:
     containerd.ctr(
         "snapshots", "--snapshotter", "tardev-host", "prepare", "other", promised(images, "hello")["chain_ids"][0]
     )
-    before = len(daemon.tardevctl("snapshots"))
+    before = len(daemon.snapshots())
     daemon.stop()
     daemon.restart({"TARDEV_TRACE_KILL": point})
     containerd.retry("snapshots", "--snapshotter", "tardev-host", "list")
     # containerd removes it from its own records and leaves ours to its garbage collector
     containerd.ctr("snapshots", "--snapshotter", "tardev-host", "rm", "other")
-    assert daemon.process is not None
-    assert daemon.process.wait(20) == -signal.SIGKILL
-    daemon.process = None
+    daemon.await_kill()
     daemon.restart()
     assert_it_runs(node)
 
@@ -105,9 +105,9 @@ def test_killed_in_a_remove(node: Node, images: Path, point: str) -> None:
         containerd.retry("snapshots", "--snapshotter", "tardev-host", "prepare", key)
         containerd.retry("snapshots", "--snapshotter", "tardev-host", "rm", key)
         time.sleep(0.5)
-        return len(daemon.tardevctl("snapshots")) == before - 1
+        return len(daemon.snapshots()) == before - 1
 
-    wait_for("the snapshot is gone", removed, 30)
+    wait_for("the snapshot is gone", removed)
     rows = {str(row["name"]) for row in daemon.tardevctl("snapshots")}
     assert not any(name.endswith("/other") for name in rows)
     wait_for("only the container's directory stays", lambda: len(list((daemon.root / "snapshots").iterdir())) == 1)

@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.root, pytest.mark.erofs]
 
 GNU_OPTIONS = ("--format=pax", "--xattrs", "--xattrs-include=*", "--sort=name")
 NO_ID = 0xFFFFFFFF  # in an entry of an ACL that is about no user of its own
-SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 SLICE_BYTES = 1 << 30  # that of ./dev bench, which leaves it there
 
 
@@ -125,7 +124,7 @@ def test_every_kind_of_file_is_the_same_mounted_extracted_and_by_gnu_tar(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SOAK, reason="1 GiB of /usr: only with HYPOTHESIS_PROFILE=soak")
+@pytest.mark.soak  # 1 GiB of /usr
 @formats
 def test_a_large_slice_of_usr_is_the_same_mounted_extracted_and_by_gnu_tar(tmp_path: Path, layer_format: str) -> None:
     cache = Path(__file__).parents[2] / ".cache/bench"

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from blockdev.kernel.mounts import parse_mountinfo
+from tests.conftest import in_every_run
 from tests.harness import SNAPSHOTTER, Containerd, Daemon, oci_archive, releases, wait_for
 from tests.integration.conftest import Node, a_node
 
@@ -73,11 +74,13 @@ def run_in(containerd: Containerd, reference: str, name: str, script: str, *flag
     )  # fmt: skip
 
 
-def test_images_of_1_to_128_layers_run_with_1_6_and_with_2_1_after_an_upgrade(tmp_path: Path) -> None:
+@pytest.mark.parametrize("depths", in_every_run([(1, 128), (60, 127)], (1, 128).__eq__), ids=str)
+def test_images_of_1_to_128_layers_run_with_1_6_and_with_2_1_after_an_upgrade(
+    tmp_path: Path, depths: tuple[int, ...]
+) -> None:
     layers = [tar(*base(), directory("d"))]
     layers += [tar(directory("d"), Entry(f"d/{n}"), Entry("d/top", data=b"%d" % n)) for n in range(1, 128)]
     script = "b ls d | b wc -l; b cat d/top"
-    depths = (1, 60, 127, 128)
     with a_node(tmp_path, "system") as node:
         images = {n: import_image(node.containerd, f"deep{n}", layers[:n], tmp_path, SNAPSHOTTER) for n in depths}
 

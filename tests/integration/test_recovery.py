@@ -173,5 +173,7 @@ def test_a_prepare_whose_caller_has_gone_leaves_nothing(daemon: Daemon) -> None:
             client.snapshots.Prepare(request, timeout=0.5)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         other.execute("ROLLBACK")
-        wait_for("row and directory are gone", lambda: not daemon.tardevctl("snapshots") and not directories(daemon))
+        wait_for("it has been undone", lambda: not daemon.metric("tardev_rpc_left"))
+        assert not daemon.snapshots()
+        wait_for("its directory is gone", lambda: not directories(daemon))
         assert container(client, "default/1/gone", "")

@@ -130,7 +130,7 @@ def test_a_chain_id_says_which_diff_id_completes_it(store: Store) -> None:
 def test_who_asks_again_and_again_reads_nothing_while_nothing_comes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "_TICK_NS", 50_000_000)
+    monkeypatch.setattr(content, "_TICK_NS", 10**18)
     scans: list[object] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scandir(path))  # type: ignore[func-returns-value]
@@ -139,6 +139,7 @@ def test_who_asks_again_and_again_reads_nothing_while_nothing_comes(
         store.candidates(IDS)
     assert len(scans) == 3  # what came within the same tick would have left no trace
     time.sleep(0.1)
+    monkeypatch.setattr(content, "_TICK_NS", 0)
     store.candidates(IDS)
     before = len(scans)
     for _ in range(3):

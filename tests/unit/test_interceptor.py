@@ -66,7 +66,7 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 
 
 async def until(check: Any) -> None:
-    for _ in range(1000):
+    for _ in range(10_000):
         if check():
             return
         await asyncio.sleep(0.01)
@@ -100,7 +100,7 @@ async def test_a_stop_waits_for_what_outlives_its_call_but_not_for_ever(served: 
         await served.stub.Stat(STAT, timeout=30)
     started = time.monotonic()
     await served.calls.drain()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert served.behaviour.undone == 0
     asyncio.get_running_loop().call_later(0.05, served.behaviour.go.set)
     await served.calls.drain()

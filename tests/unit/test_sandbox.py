@@ -178,7 +178,7 @@ def limits_of(pid: int) -> dict[str, str]:
 
 async def confined(name: str) -> int:
     """A worker whose door is shut."""
-    for _ in range(2000):
+    for _ in range(20_000):
         for pid in children():
             program = command(pid)  # empty until it is that of the worker
             if launch.PROGRAMS[name].encode() in program and all(task["Seccomp"] == "2" for task in threads_of(pid)):

@@ -98,7 +98,7 @@ async def test_a_big_directory_is_told_as_far_as_it_is_known(
     while not seen or seen[-1] != truth:
         started = time.monotonic()
         seen.append(await usage.of(ONE))
-        assert time.monotonic() - started < module._MOMENT_SECONDS + 1
+        assert time.monotonic() - started < module._MOMENT_SECONDS + 30
         await asyncio.sleep(0.01)
     assert all(0 < use.inodes <= truth.inodes for use in seen)
     assert [use.inodes for use in seen] == sorted(use.inodes for use in seen)

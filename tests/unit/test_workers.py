@@ -98,7 +98,7 @@ def full() -> Iterator[int]:
 
 
 async def worker(name: str) -> int:
-    for _ in range(1000):
+    for _ in range(20_000):
         for pid in children():
             if f"blockdev.workers.{name}".encode() in command(pid):
                 return pid

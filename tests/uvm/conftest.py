@@ -29,7 +29,7 @@ LISTING = Path(__file__).with_name("listing.c")
 # QEMU inherits it, and so is known for one of ours.
 os.environ["TARDEV_TEST_SESSION"] = uuid.uuid4().hex
 SESSION = os.environb[b"TARDEV_TEST_SESSION"]
-TIMEOUT_SECONDS = 300.0  # of one guest: software emulation on a busy machine
+TIMEOUT_SECONDS = 240.0  # of one guest: software emulation on a busy machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ def test_the_guest_shows_the_merged_tree(
     assert_shows(guest, [*layers_of("layers", tmp_path), parents], listing_layer, expected_tree("layers"))
 
 
+@pytest.mark.soak
 def test_sixty_layers(
     guest: Guest, tmp_path: Path, listing_layer: Layer, expected_tree: Callable[[str], dict[str, Any]]
 ) -> None:
@@ -207,7 +208,7 @@ def test_a_killed_runner_takes_its_guest_along(
     finally:
         runner.kill()
         runner.wait()
-    wait_for("the end of QEMU", lambda: not machines(), 10)
+    wait_for("the end of QEMU", lambda: not machines())
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -223,5 +224,5 @@ def test_nothing_is_left_of_many_that_were_killed(
         finally:
             runner.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3])
             runner.wait()
-    wait_for("the end of QEMU", lambda: not machines(), 10)
+    wait_for("the end of QEMU", lambda: not machines())
     assert not list((tmp_path / "scratch").iterdir())

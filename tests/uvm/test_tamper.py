@@ -10,11 +10,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from blockdev.formats.layer_file import TRAILER_BYTES, Identity
+from tests.conftest import in_every_run
 from tests.images import mkimage
 from tests.uvm.conftest import Guest, Layer, agreed, write_layer
 from uvm.frames import Kind
@@ -238,17 +238,13 @@ def root_inode(chain: Chain) -> int:
     return identity.metadata_offset_bytes + 32 * int(root_nid) + 4
 
 
-def cases(table: dict[str, object], every: set[str]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in every else pytest.mark.soak, id=name) for name in table]
-
-
 def refusal(result: Result) -> str:
     assert (result.exit_status, bytes(result.stdout), result.layers) == (None, b"", [])
     assert result.refused is not None
     return result.refused
 
 
-@pytest.mark.parametrize("case", cases(dict(REFUSED), IN_EVERY_RUN))
+@pytest.mark.parametrize("case", in_every_run(REFUSED, IN_EVERY_RUN.__contains__))
 def test_a_changed_file_is_refused(guest: Guest, chain: Chain, case: str) -> None:
     policy, disks = agreed(chain.layers, *READ_ALL)
     change, reason = REFUSED[case]
@@ -415,7 +411,7 @@ DISAGREE: dict[str, tuple[Doing, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", cases(dict(DISAGREE), {"one disk less", "one disk more"}))
+@pytest.mark.parametrize("case", in_every_run(DISAGREE, {"one disk more"}.__contains__))
 def test_disks_that_are_not_the_policys_are_refused(guest: Guest, chain: Chain, case: str) -> None:
     disagree, reason = DISAGREE[case]
     policy, disks = disagree(*agreed(chain.layers, *READ_ALL), chain)
@@ -454,7 +450,7 @@ POLICIES: dict[str, tuple[Callable[[bytes], tuple[bytes, str]], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", cases(dict(POLICIES), {"another policy"}))
+@pytest.mark.parametrize("case", in_every_run(POLICIES, {"another policy"}.__contains__))
 def test_a_policy_that_was_not_measured_is_refused(guest: Guest, chain: Chain, case: str) -> None:
     policy, disks = agreed(chain.layers, *READ_ALL)
     change, reason = POLICIES[case]
