@@ -14,9 +14,10 @@ from tests.harness import SNAPSHOTTER, Containerd, Daemon, oci_archive, releases
 
 
 @contextmanager
-def _servers(directory: Path) -> Iterator[tuple[Containerd, Daemon]]:
+def servers(directory: Path, extra: str = "") -> Iterator[tuple[Containerd, Daemon]]:
+    """A containerd and a daemon that it unpacks through; `extra`: more of the daemon's configuration."""
     root = directory / "containerd"
-    daemon = Daemon(directory / "daemon", root / "root", containerd_socket=str(root / "c.sock"))
+    daemon = Daemon(directory / "daemon", root / "root", extra, containerd_socket=str(root / "c.sock"))
     containerd = Containerd(releases()["later"], root, daemon.address)
     daemon.start()
     try:
@@ -32,7 +33,7 @@ def unpack(blob: Path, kind: str, diff_id: str, directory: Path) -> dict[str, Fi
     image = directory / "image.tar"
     manifest = oci_archive(image, "localhost/bench:latest", [blob], MEDIA_TYPES[kind], [diff_id])
     found = {}
-    with _servers(directory) as (containerd, daemon):
+    with servers(directory) as (containerd, daemon):
         assert containerd.process is not None
         assert daemon.process is not None
         containerd.ctr("images", "import", "--no-unpack", image)

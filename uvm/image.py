@@ -66,8 +66,11 @@ class Image:
         return digest.hexdigest()
 
 
-def build(packages: Path, directory: Path) -> Image:
-    """Write the image into `directory`, each file whole or not at all. Raises ImageError."""
+def build(packages: Path, directory: Path, init: bytes | None = None) -> Image:
+    """Write the image into `directory`, each file whole or not at all. `init`: another first program than the guest's.
+
+    Raises ImageError.
+    """
     try:
         kernels = sorted((packages / "boot").glob("vmlinuz-*"))
         if len(kernels) != 1:
@@ -75,7 +78,7 @@ def build(packages: Path, directory: Path) -> Image:
         release = kernels[0].name.removeprefix("vmlinuz-")
         files = {
             KERNEL_NAME: unpacked_kernel(kernels[0].read_bytes()),
-            INITRAMFS_NAME: initramfs(packages / "usr/lib/modules" / release, compiled_init()),
+            INITRAMFS_NAME: initramfs(packages / "usr/lib/modules" / release, init or compiled_init()),
         }
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -105,7 +108,7 @@ def unpacked_kernel(bzimage: bytes) -> bytes:
 
 
 def compiled_init(flags: tuple[str, ...] = (), main: Path | None = None, sources: tuple[str, ...] = ()) -> bytes:
-    """A static program. By default the guest's init; a test may have another `main` with some of its sources."""
+    """A static program. By default the guest's init; tests and benches have another `main` with some of its sources."""
     paths = [main, *(_SOURCES / name for name in sources)] if main else sorted(_SOURCES.glob("*.c"))
     with tempfile.TemporaryDirectory() as scratch:
         program = Path(scratch) / "init"
