@@ -26,8 +26,14 @@ from verity.tree import Geometry
 
 pytestmark = [pytest.mark.root, pytest.mark.tool]
 
+
+def marks(layer_format: str, name: str) -> pytest.MarkDecorator | tuple[()]:
+    """Of erofs-4k those that are about more than the tree; all of them in ./dev soak."""
+    return pytest.mark.soak if layer_format == "erofs-4k" and not name.startswith("ek-") else ()
+
+
 TAKEN: Final = [
-    pytest.param(layer_format, vector, id=f"{layer_format}-{vector['name']}")
+    pytest.param(layer_format, vector, id=f"{layer_format}-{vector['name']}", marks=marks(layer_format, vector["name"]))
     for layer_format, vectors in (("tar-index", test_tar_index.MORE), ("erofs-4k", test_erofs_4k.VECTORS))
     for vector in vectors
     if "refused" not in vector
