@@ -75,7 +75,8 @@ def start_table(starts: Sequence[Start]) -> Table:
 def sharing_table(sizes: Sequence[int], found: Sequence[Shared]) -> Table:
     """All in MB. Copies: what as many copies of the layer files would take of the disk, and of the page cache."""
     shown = _table(
-        "VMS", "S", "QEMUS' MEMORY", "FOR EACH", "OF THEM FILES", "LAYERS CACHED", "READ", "WRITTEN", "DATA ROOT", "COPIES"
+        "VMS", "S", "QEMUS' MEMORY", "FOR EACH", "OF THEM FILES", "LAYERS CACHED", "READ", "WRITTEN", "DATA ROOT",
+        "COPIES",
     )  # fmt: skip
     for each in found:
         megabytes = (
