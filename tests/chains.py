@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from blockdev.formats import directory_table, parents
 from blockdev.formats.erofs_reader import Reader
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
+from blockdev.formats.layer_file import FORMATS
 from blockdev.formats.layer_writer import BuiltLayer, LayerWriter
 from blockdev.formats.limits import Limits
 from verity.hasher import LeafStore
@@ -47,8 +47,9 @@ def make(content: bytes, layer_format: str = "tar-index", piece_bytes: int = 1 <
 
 def make_of(pieces: Iterable[bytes], layer_format: str, limits: Limits | None = None) -> Made:
     """Raises BlockdevError."""
-    out = io.BytesIO(bytes(HEAD_BYTES))
-    out.seek(HEAD_BYTES)
+    head_bytes = FORMATS[layer_format].head_bytes
+    out = io.BytesIO(bytes(head_bytes))
+    out.seek(head_bytes)
 
     def write_head(head: bytes) -> None:
         out.getbuffer()[: len(head)] = head
