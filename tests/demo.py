@@ -148,7 +148,7 @@ def main_job(directory: Path, release: Release, stack: contextlib.ExitStack) -> 
     with step("removes the images: snapshots and mounts go"):
         for image in containerd.ctr("images", "list", "-q").split():
             containerd.ctr("images", "rm", "--sync", image)
-        wait_for("every snapshot is removed", lambda: not daemon.snapshots())
+        containerd.collect_until("every snapshot is removed", lambda: not daemon.snapshots())
         wait_for("every mount is released", lambda: not daemon.mounts())
 
 

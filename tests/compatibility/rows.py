@@ -122,7 +122,7 @@ def second_namespace(bench: Bench) -> None:
     assert bench.builds() == builds
     bench.run(image, "there", namespace=other)
     containerd.ctr("images", "rm", "--sync", image.reference, namespace=other)
-    wait_for("its snapshots are removed there", lambda: not bench.committed(namespace=other))
+    containerd.collect_until("its snapshots are removed there", lambda: not bench.committed(namespace=other))
     bench.run(image, "here")
 
 
@@ -138,7 +138,7 @@ def run_(bench: Bench) -> None:
     command = ("/bin/sh", "-c", '[ "$(cat /etc/hello)" = "hello from a tar layer" ]')
     containerd.run_container("localhost/tardev-test/hello:latest", "run", *command)
     containerd.ctr("images", "rm", "--sync", "localhost/tardev-test/hello:latest")
-    wait_for("its mounts are released", lambda: set(bench.node.daemon.mounts()) <= set(mounts))
+    containerd.collect_until("its mounts are released", lambda: set(bench.node.daemon.mounts()) <= set(mounts))
 
 
 @row("commit")
@@ -173,7 +173,7 @@ def remove(bench: Bench) -> None:
     containerd.import_image(kept.archive)
     bench.run(gone, "removed")
     containerd.ctr("images", "rm", "--sync", gone.reference)
-    wait_for("its snapshot is removed", lambda: gone.chain_ids[-1] not in bench.committed())
+    containerd.collect_until("its snapshot is removed", lambda: gone.chain_ids[-1] not in bench.committed())
     wait_for("its mounts are released", lambda: not daemon.mounts())
     wait_for("its directories are removed", lambda: not list((daemon.root / "snapshots").iterdir()))
     bench.run(kept, "kept")
@@ -225,7 +225,7 @@ def _end(bench: Bench, image: Image) -> None:
     containerd.ctr("tasks", "delete", "--force", image.name)
     containerd.ctr("containers", "rm", image.name)
     containerd.ctr("images", "rm", "--sync", image.reference)  # and a garbage collection before it ends
-    wait_for("its mounts are released", lambda: not bench.node.daemon.mounts())
+    bench.node.containerd.collect_until("its mounts are released", lambda: not bench.node.daemon.mounts())
 
 
 @row("restart of containerd")

@@ -159,9 +159,9 @@ class TestContainers:
         containerd.run_container(reference("hello"), name, "/bin/sh", "-c", "echo x >/etc/x")
         for number in ("1", "2"):
             snapshots(containerd, "rm", f"committed{number}")
+        containerd.collect_until("the snapshots go", lambda: len(daemon.snapshots()) == 1)
         wait_for("the mounts go", lambda: not daemon.mounts())
         wait_for("the directories go", lambda: not list((daemon.root / "snapshots").iterdir()))
-        wait_for("the snapshots go", lambda: len(daemon.snapshots()) == 1)
         assert not daemon.staged()
 
     def test_commits_on_commits_and_all_kinds_of_names(self, node: Node, images: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_running_container_outlives_a_killed_daemon(node: Node, images: Path) 
     wait_for("the task ends", lambda: "RUNNING" not in node.containerd.ctr("tasks", "list"))
     node.containerd.ctr("tasks", "delete", RUNNING)
     node.containerd.ctr("containers", "delete", RUNNING)
-    wait_for("its mount is released", lambda: not node.daemon.mounts())
+    node.containerd.collect_until("its mount is released", lambda: not node.daemon.mounts())
 
 
 def test_workers_die_with_the_daemon(later_node: Node, images: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def check_runs(node: CriNode, pod: Pod, image: Image, name: str = "main") -> str
 
 def nothing_left(node: CriNode) -> None:
     """Of containers and images: layer files stay in the cache."""
-    wait_for("every snapshot is removed", lambda: not node.daemon.snapshots())
+    node.containerd.collect_until("every snapshot is removed", lambda: not node.daemon.snapshots())
     wait_for("every mount is released", lambda: not node.daemon.mounts())
     wait_for("every directory is removed", lambda: not list((node.daemon.root / "snapshots").iterdir()))
     assert not node.daemon.staged()

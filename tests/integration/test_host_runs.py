@@ -90,7 +90,7 @@ def test_images_of_1_to_128_layers_run_with_1_6_and_with_2_1_after_an_upgrade(
                     node.containerd, image, f"{label}-{n}", f"b touch d/top; {script}", snapshotter=SNAPSHOTTER
                 )
                 assert said.split() == ([str(n), str(n - 1)] if n > 1 else ["1"])
-            wait_for("every mount is released", lambda: not node.daemon.mounts())
+            node.containerd.collect_until("every mount is released", lambda: not node.daemon.mounts())
 
         runs("system")
         node.containerd.stop()
@@ -219,7 +219,7 @@ def test_containerd_1_6_maps_nothing_itself_and_need_not(open_directory: Path) -
             "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536", snapshotter=SNAPSHOTTER,
         )  # fmt: skip
         assert said == "/ 0 0\n/bin 0 0\n/new 0 0\n"
-        wait_for("every mount is released", lambda: not daemon.mounts())
+        containerd.collect_until("every mount is released", lambda: not daemon.mounts())
     finally:
         containerd.clean_up()
         daemon.clean_up()
@@ -281,7 +281,7 @@ def test_a_container_in_a_user_namespace_owns_its_image(open_directory: Path) ->
         wait_for("it has ended", lambda: "STOPPED" in containerd.ctr("tasks", "list"))
         containerd.ctr("tasks", "delete", "stays")
         containerd.retry("containers", "delete", "stays")
-        wait_for("every mount is released", lambda: not daemon.mounts())
+        containerd.collect_until("every mount is released", lambda: not daemon.mounts())
         wait_for("every directory is gone", lambda: not list((daemon.root / "snapshots").iterdir()))
     finally:
         containerd.clean_up()

@@ -119,7 +119,7 @@ def test_pulls_that_share_layers_build_nothing(node: Node, registry: Registry, i
     assert daemon.metric("tardev_builds_cached_total") >= 1 + 7
     shared = {layer["diff_id"]: layer["shared_by"] for layer in daemon.tardevctl("layers")}
     assert shared[promised(images, "hello")["diff_ids"][0]] == 2
-    wait_for("every mount is released", lambda: not daemon.mounts())
+    containerd.collect_until("every mount is released", lambda: not daemon.mounts())
 
 
 def test_removing_images_releases_everything(node: Node, images: Path) -> None:
@@ -127,7 +127,7 @@ def test_removing_images_releases_everything(node: Node, images: Path) -> None:
     containerd.import_image(images / "dup.tar")
     containerd.run_container(reference("dup"), "one", "/bin/true")
     containerd.ctr("images", "rm", "--sync", reference("dup"))
-    wait_for("every snapshot is removed", lambda: not daemon.snapshots())
+    containerd.collect_until("every snapshot is removed", lambda: not daemon.snapshots())
     wait_for("every mount is released", lambda: not daemon.mounts())
     wait_for("every directory is removed", lambda: not list((daemon.root / "snapshots").iterdir()))
     # kept for the next pull

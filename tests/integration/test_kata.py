@@ -422,5 +422,7 @@ def test_an_image_of_containerd(tmp_path: Path, images: Path, way: tuple[str, st
         containerd.ctr("snapshots", "--snapshotter", SNAPSHOTTER, "rm", "pod")
         containerd.ctr("images", "rm", "--sync", reference("layers"))
         directory = daemon.root / "layers"
-        wait_for("its links go", lambda: not [path for path in directory.iterdir() if not path.is_dir()])
+        containerd.collect_until(
+            "its links go", lambda: not [path for path in directory.iterdir() if not path.is_dir()]
+        )
         assert daemon.mounts() == []

@@ -295,7 +295,7 @@ def test_a_second_namespace_downloads_nothing_and_runs(later_node: Node, registr
     out = containerd.cat(image, "again", "/etc/hello", namespace="two")
     assert out.strip() == HELLO["layers"]
     containerd.ctr("images", "rm", "--sync", image, namespace="two")
-    wait_for("all snapshots go", lambda: not daemon.snapshots())
+    containerd.collect_until("all snapshots go", lambda: not daemon.snapshots())
     assert daemon.metric("tardev_builds_total") == len(set(whole["diff_ids"]))
 
 
