@@ -22,14 +22,15 @@ from snapshotter.idmap import IDMapping
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer, LayerID
 from snapshotter.tasks import to_the_end
+from snapshotter.trace import trace
 
 
 class BrokenLayer(DataLoss):
     """The file is not the layer that its row describes: it is not handed to the kernel."""
 
-    def __init__(self, layer: Layer, why: str) -> None:
-        super().__init__(f"layer {layer.diff_id}: its file {why}; remove the image from containerd and pull it again")
-        self.layer = layer
+    def __init__(self, layer: Layer, why: str, advice: str = "`tardevctl fsck --repair` may build it again") -> None:
+        super().__init__(f"layer {layer.diff_id}: its file {why}; {advice}")
+        self.layer, self.why = layer, why
 
 
 class Activation:
@@ -70,6 +71,9 @@ class Activation:
         made: list[Path] = []
         try:
             for name, layer in wanted.items():
+                why = self._store.contradiction(layer)
+                if why:
+                    raise BrokenLayer(layer, why)
                 if name not in there:
                     self._mount(layer, directory / name)
                     made.append(directory / name)
@@ -83,18 +87,32 @@ class Activation:
         return [Lower(directory / format(layer.id, "x"), layer.format, layer.root_hash) for layer in layers]
 
     def _mount(self, layer: Layer, point: Path) -> None:
-        why = self._store.contradiction(layer)
-        if why:
-            raise BrokenLayer(layer, why)
         point.mkdir(mode=0o700, exist_ok=True)
-        block_bytes = format_named(layer.format).block_bytes
         try:
-            file = self._store.path(layer.diff_id, layer.format)
-            mounts.mount_erofs(file, point, block_bytes, file_backed=self._file_backed)
+            self._mount_file(layer, point)
         except BaseException:
             with suppress(OSError):
                 point.rmdir()
             raise
+        trace("activation.mounted")
+
+    def _mount_file(self, layer: Layer, point: Path) -> None:
+        file = self._store.path(layer.diff_id, layer.format)
+        mounts.mount_erofs(file, point, format_named(layer.format).block_bytes, file_backed=self._file_backed)
+
+    async def renew(self, layer: Layer) -> None:
+        """The layer has a new file: what is mounted from now on shows that. Raises KernelError.
+
+        On top of the old mount, so that there is no moment without one; what stands on that keeps it.
+        """
+        async with self._lock:
+            await to_the_end(asyncio.to_thread(self._renew, layer))
+
+    def _renew(self, layer: Layer) -> None:
+        name = format(layer.id, "x")
+        if mounts.mounted_at(self._directory, [name]):
+            self._mount_file(layer, self._directory / name)
+            trace("activation.renewed")
 
     async def release_unused(self, in_use: Callable[[], Awaitable[set[LayerID] | None]]) -> None:
         """Unmount what no container needs; nothing where `in_use` says None, for all that is mounted.
@@ -137,7 +155,7 @@ def _unmount_all(point: Path) -> None:
     """Whatever is mounted there, and the directory. Raises KernelError."""
     # An overlay above holds its own clone of the mount. Who else looks in keeps it until he goes.
     while mounts.unmount(point, lazily=True):
-        pass
+        trace("activation.unmounted")
     with suppress(OSError):
         point.rmdir()
 

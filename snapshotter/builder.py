@@ -352,12 +352,18 @@ class Builder:
             replaced = there is None or there.state is not LayerState.READY or not await self._is_whole(there)
             if replaced:
                 await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
+                await self.renew(record.diff_id, record.format)
             trace("build.published")
             layer = await self._metastore.publish(record, compression, seconds)
             self.touch(layer)
-            if replaced and there is not None:
-                await self._renew(layer)
         return layer
+
+    async def renew(self, diff_id: str, format: str) -> None:
+        """The layer, if there was one before, has a new file: before its row is READY again, so is what was made of
+        the old one."""
+        there = await self._metastore.layer(diff_id, format)
+        if there is not None:
+            await self._renew(there)
 
     def touch(self, layer: Layer) -> None:
         """For a while now it is one of `recent`."""

@@ -30,7 +30,7 @@ _WRITABLE_BYTES_MIN: Final = 1 << 20
 _ROOT_BYTES_MAX: Final = _SOCKET_PATH_BYTES_MAX - len("/grpc.sock")
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
-_Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e7)]
+_Seconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 def parse_size(text: str) -> int:
@@ -73,6 +73,13 @@ class Builds(_Table, frozen=True):
 
 class Cache(_Table, frozen=True):
     max_size: str = "20GiB"
+    max_age: _Seconds = 30 * 86400.0
+    delete_rate: str = "1GiB"
+
+
+class Scrub(_Table, frozen=True):
+    interval: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 30 * 86400.0
+    rate: str = "32MiB"
 
 
 class Host(_Table, frozen=True):
@@ -112,6 +119,7 @@ class Config(_Table, frozen=True):
     containerd: Containerd = Containerd()
     builds: Builds = Builds()
     cache: Cache = Cache()
+    scrub: Scrub = Scrub()
     host: Host = Host()
     metrics: Metrics = Metrics()
     log: Log = Log()
@@ -180,6 +188,8 @@ def _check(config: Config) -> None:
         ("builds.max_xattr_size", config.builds.max_xattr_size),
         ("builds.free_space_reserve", config.builds.free_space_reserve),
         ("cache.max_size", config.cache.max_size),
+        ("cache.delete_rate", config.cache.delete_rate),
+        ("scrub.rate", config.scrub.rate),
     ):
         try:
             parse_size(size)

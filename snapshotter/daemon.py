@@ -10,8 +10,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,24 +22,30 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from blockdev.errors import BlockdevError
 from snapshotter import VERSION, config, inventory, listener, log, metrics, reconcile
 from snapshotter.activation import Activation
-from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
+from snapshotter.api.proto import diff_pb2_grpc, maintenance_pb2_grpc, snapshots_pb2_grpc
 from snapshotter.builder import Builder
+from snapshotter.collector import Collector
 from snapshotter.config import Config
 from snapshotter.content import Content
 from snapshotter.contracts import CONTRACTS, Place
 from snapshotter.directories import Directories
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
+from snapshotter.fsck import Fsck
 from snapshotter.interceptor import Interceptor
+from snapshotter.inventory import Parts
 from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
-from snapshotter.metastore import FILE_NAME, Metastore
-from snapshotter.service import DiffService, SnapshotsService
+from snapshotter.metastore import FILE_NAME, Layer, Metastore
+from snapshotter.repair import Repair
+from snapshotter.reserve import Reserve
+from snapshotter.service import DiffService, MaintenanceService, SnapshotsService
 from snapshotter.snapshots import Named, Snapshots
+from snapshotter.trash import Trash
 from verity.hasher import IMPLEMENTATION
 
 _SERVICES: Final = ("", "containerd.services.snapshots.v1.Snapshots", "containerd.services.diff.v1.Diff")
 _GRACE_SECONDS: Final = 5.0
-_SWEEP_SECONDS: Final = 3600.0
+_TIDY_SECONDS: Final = 3600.0
 
 
 def open_root(root: Path) -> int:
@@ -69,13 +76,29 @@ def notify(state: str) -> None:
             sender.sendall(state.encode())
 
 
-async def _sweep_now_and_then(snapshots: Snapshots) -> None:
+async def _tidy_now_and_then(node: Node) -> None:
     while True:
-        await asyncio.sleep(_SWEEP_SECONDS)
+        await asyncio.sleep(_TIDY_SECONDS)
         try:
-            await snapshots.sweep()
+            await node.collector.collect()
+            await asyncio.to_thread(node.reserve.keep)
         except Exception as error:
-            log.get_logger().error("sweep failed", error=str(error))
+            log.get_logger().error("collection failed", error=str(error))
+
+
+async def _scrub(node: Node, interval_seconds: float, bytes_per_second: int) -> None:
+    while True:
+        try:
+            await node.fsck.scrub(interval_seconds, bytes_per_second)
+        except Exception as error:
+            log.get_logger().error("scrub failed", error=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(_TIDY_SECONDS)
+
+
+def free_space(root: Path) -> int:
+    """Bytes. Raises OSError."""
+    space = os.statvfs(root)
+    return space.f_bavail * space.f_frsize
 
 
 def real_path(path: str) -> Path:
@@ -94,32 +117,56 @@ def check_root(root: Path) -> None:
             )
 
 
-async def run(settings: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ConfigError."""
-    logger = log.get_logger()
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Everything behind the services, put together; recovered from whatever was before."""
+
+    root: Path
+    parts: Parts
+    snapshots: Snapshots
+    collector: Collector
+    fsck: Fsck
+    reserve: Reserve
+
+
+@asynccontextmanager
+async def opened(
+    settings: Config, *, bind: Callable[[], None] = lambda: None, recover: bool = True
+) -> AsyncIterator[Node]:
+    """The root directory locked, and all that works on it. `bind`: called as soon as it is certain that nobody else
+    does. Without `recover` what was left behind stays. Raises ConfigError, OSError, SnapshotterError, KernelError."""
     root = real_path(settings.root)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as at_end:
         at_end.callback(os.close, open_root(root))
         check_root(root)
-        # From here on containerd's calls wait in the socket's queue instead of failing.
-        bound = listener.bind(Path(settings.address))
-        at_end.callback(bound.release)
+        bind()
         contracts = {name: CONTRACTS[chosen.contract] for name, chosen in settings.snapshotters.items()}
         unmounted = frozenset(name for name, contract in contracts.items() if contract.PLACE is not Place.MOUNTED)
-        metastore = Metastore(root / FILE_NAME, unmounted=unmounted)
+        reserve = Reserve(root / "reserve")
+        if not reserve.keep():
+            log.get_logger().warning("no room for the reserve, from which a full disk is tidied up")
+        metastore = Metastore(root / FILE_NAME, unmounted=unmounted, reserve=reserve)
         at_end.push_async_callback(metastore.close)
-        store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
-        directories = Directories(root)
-        at_end.callback(directories.close)
+        free_bytes = config.parse_size(settings.builds.free_space_reserve)
+        trash = Trash(
+            root,
+            bytes_per_second=config.parse_size(settings.cache.delete_rate),
+            in_a_hurry=lambda: free_space(root) < free_bytes,
+        )
+        at_end.callback(trash.close)
+        store = LayerStore(root, trash, reserve_bytes=free_bytes)
+        directories = Directories(root, trash)
         activation = Activation(root, store, always_loop=settings.host.mount_through == "loop")
         links = Links(settings.links(), metastore, store)
         for part in (store, directories, activation, links):
             part.prepare()
-        actions = reconcile.plan(await inventory.take(metastore, store, directories, activation, links))
-        await reconcile.apply(actions, metastore, store, directories, activation, links)
+        parts = Parts(metastore, store, directories, activation, links)
+        if recover:
+            await reconcile.apply(reconcile.plan(await inventory.take(parts)), parts)
+
+        async def renew(layer: Layer) -> None:
+            await links.renew(layer)
+            await activation.renew(layer)
 
         content = Content(Path(settings.containerd.content), settings.containerd.address)
         at_end.push_async_callback(content.close)
@@ -131,7 +178,7 @@ async def run(settings: Config) -> None:
             limits=settings.builds.limits(),
             timeout_seconds=settings.builds.timeout,
             per_namespace=settings.builds.sharing == "namespace",
-            renew=links.renew,
+            renew=renew,
         )
         at_end.push_async_callback(builder.close)
         names = {
@@ -146,25 +193,55 @@ async def run(settings: Config) -> None:
             )
             for name, chosen in settings.snapshotters.items()
         }
-        for name, chosen in names.items():
+        collector = Collector(
+            metastore,
+            store,
+            builder,
+            cache_bytes=config.parse_size(settings.cache.max_size),
+            unused_seconds=settings.cache.max_age,
+        )
+        repair = Repair(metastore, store, content, builder)
+        snapshots = Snapshots(
+            names, metastore, store, directories, builder, content, activation, links, collector, repair
+        )
+        at_end.push_async_callback(snapshots.close)
+        emptying = asyncio.create_task(trash.empty_as_it_comes())
+        at_end.callback(emptying.cancel)
+        yield Node(root, parts, snapshots, collector, Fsck(parts, builder, repair), reserve)
+
+
+async def run(settings: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError."""
+    logger = log.get_logger()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as at_end:
+        sockets: list[listener.Bound] = []
+
+        def bind() -> None:
+            # From here on containerd's calls wait in the socket's queue instead of failing.
+            sockets.append(listener.bind(Path(settings.address)))
+            at_end.callback(sockets[0].release)
+
+        node = await at_end.enter_async_context(opened(settings, bind=bind))
+        [bound] = sockets
+        snapshots = node.snapshots
+        for name, chosen in settings.snapshotters.items():
             if chosen.skip_download:
                 logger.warning(
                     "skip_download: blobs of layers that are stored are not fetched, so no other snapshotter can unpack"
                     " such an image until `ctr content fetch` has brought them",
                     snapshotter=name,
                 )
-        snapshots = Snapshots(
-            names, metastore, store, directories, builder, content, activation, links,
-            cache_bytes=config.parse_size(settings.cache.max_size),
-        )  # fmt: skip
-        at_end.push_async_callback(snapshots.close)
         await snapshots.resume()
 
-        inner = root / "grpc.sock"
+        inner = node.root / "grpc.sock"
         calls = Interceptor(settings.builds.timeout)
         server = grpc.aio.server(interceptors=[calls])
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)  # type: ignore[no-untyped-call]
         diff_pb2_grpc.add_DiffServicer_to_server(DiffService(snapshots), server)  # type: ignore[no-untyped-call]
+        maintenance_pb2_grpc.add_MaintenanceServicer_to_server(MaintenanceService(node.fsck, node.collector), server)  # type: ignore[no-untyped-call]
         healthy = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         with suppress(FileNotFoundError):
@@ -177,7 +254,10 @@ async def run(settings: Config) -> None:
         at_end.push_async_callback(server.stop, _GRACE_SECONDS)
         for service in _SERVICES:
             await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
-        tasks = [asyncio.create_task(public.serve()), asyncio.create_task(_sweep_now_and_then(snapshots))]
+        tasks = [asyncio.create_task(public.serve()), asyncio.create_task(_tidy_now_and_then(node))]
+        if settings.scrub.interval:
+            rate = config.parse_size(settings.scrub.rate)
+            tasks.append(asyncio.create_task(_scrub(node, settings.scrub.interval, rate)))
         for task in tasks:
             at_end.callback(task.cancel)
         if settings.metrics.address:

@@ -8,9 +8,7 @@ mounts. Nothing here recurses, follows a symlink, or builds a path out of theirs
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -19,6 +17,8 @@ from blockdev.kernel import idmap, mounts
 from snapshotter.errors import NotFound
 from snapshotter.idmap import IDMapping
 from snapshotter.metastore import SnapshotID
+from snapshotter.trace import trace
+from snapshotter.trash import Trash
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PARTS: Final = ("fs", "work")
@@ -26,16 +26,12 @@ _ID_DIGITS_MAX: Final = 18  # a row's id has 63 bits
 
 
 class Directories:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, trash: Trash) -> None:
         self._directory = root / "snapshots"
-        # Of their own: a removal may take minutes, and everything else would wait behind it.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="directories")
+        self._trash = trash
 
     def prepare(self) -> None:
         self._directory.mkdir(mode=0o711, exist_ok=True)
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def path(self, snapshot_id: SnapshotID) -> Path:
         return self._directory / str(snapshot_id)
@@ -76,6 +72,7 @@ class Directories:
         """Whole when it returns; may be done again. Raises OSError."""
         path = self.path(snapshot_id)
         path.mkdir(mode=0o700, exist_ok=True)
+        trace("directories.begun")
         self.filled(snapshot_id).mkdir(exist_ok=True)
         self.filled(snapshot_id).chmod(0o755)  # whatever the umask: a container sees it as its root's mode
         self.work(snapshot_id).mkdir(mode=0o711, exist_ok=True)
@@ -93,15 +90,17 @@ class Directories:
         )
 
     async def remove(self, name: str) -> None:
-        """`name`: a snapshot's id, or whatever else lies there. Raises OSError, KernelError."""
+        """`name`: a snapshot's id, or whatever else lies there. What is in it goes with the trash. Raises OSError,
+        KernelError."""
 
         def work() -> None:
             path = self._directory / name
             for entry in reversed(mounts.mounted_below(path)):
                 mounts.unmount(Path(entry.mount_point), lazily=True)
-            remove_tree(path)
+                trace("directories.unmounted")
+            self._trash.put(path)
 
-        await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        await asyncio.to_thread(work)
 
     async def is_empty(self, snapshot_id: SnapshotID) -> bool:
         """Whether nothing was written to `filled`."""
@@ -112,50 +111,3 @@ class Directories:
             return True
 
         return await asyncio.to_thread(look)
-
-
-def remove_tree(path: Path) -> None:
-    """A directory with all below it, or a file; nothing to do where it is gone. Raises OSError.
-
-    Every directory found is moved up to the top before it is looked into, so that depth costs
-    neither stack nor descriptors nor long paths.
-    """
-    try:
-        top = os.open(path, _OPEN_DIRECTORY)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-            raise
-        os.unlink(path)
-        return
-    try:
-        prefix, number = os.urandom(8).hex(), 0
-        todo: list[str] = []
-        with os.scandir(top) as entries:
-            found = list(entries)
-        for entry in found:
-            if entry.is_dir(follow_symlinks=False):
-                todo.append(entry.name)
-            else:
-                os.unlink(entry.name, dir_fd=top)
-        while todo:
-            name = todo.pop()
-            directory = os.open(name, _OPEN_DIRECTORY, dir_fd=top)
-            try:
-                with os.scandir(directory) as entries:
-                    found = list(entries)
-                for entry in found:
-                    if entry.is_dir(follow_symlinks=False):
-                        number += 1
-                        moved = f"{prefix}-{number}"
-                        os.rename(entry.name, moved, src_dir_fd=directory, dst_dir_fd=top)
-                        todo.append(moved)
-                    else:
-                        os.unlink(entry.name, dir_fd=directory)
-            finally:
-                os.close(directory)
-            os.rmdir(name, dir_fd=top)
-    finally:
-        os.close(top)
-    os.rmdir(path)

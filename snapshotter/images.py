@@ -14,7 +14,7 @@ import platform
 import re
 import tarfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
@@ -25,7 +25,7 @@ import msgspec
 from snapshotter.api.proto import images_pb2, images_pb2_grpc
 from snapshotter.containerd import CALL_SECONDS, refused
 from snapshotter.content import DOCUMENT_BYTES_MAX, LAYERS_MAX, Blob, Caller, Content, Descriptor, blob_of
-from snapshotter.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from snapshotter.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
 from snapshotter.names import ChainID, chain_id, is_digest
 
 MANIFESTS: Final = frozenset(
@@ -121,6 +121,24 @@ async def from_containerd(content: Content, reference: str, caller: Caller) -> I
     target = reply.image.target
     root = _blob(_Listed(target.digest, target.size, target.media_type), reference)
     return await resolved(content, reference, root, caller)
+
+
+async def with_layer(content: Content, diff_id: str, caller: Caller) -> list[str]:
+    """Names of the caller's images that have the layer, of those whose manifest and config are there. Raises
+    Unavailable."""
+    stub = images_pb2_grpc.ImagesStub(content.channel())  # type: ignore[no-untyped-call]
+    try:
+        reply = await stub.List(images_pb2.ListImagesRequest(), metadata=caller.metadata(), timeout=CALL_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        raise refused("images", error.code(), error.details()) from None
+    found = []
+    for image in reply.images:
+        target = image.target
+        with suppress(SnapshotterError):
+            root = _blob(_Listed(target.digest, target.size, target.media_type), image.name)
+            if diff_id in (await resolved(content, image.name, root, caller)).diff_ids:
+                found.append(image.name)
+    return found
 
 
 async def from_layout(content: Content, directory: Path, tag: str = "") -> Image:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from snapshotter.activation import Activation
 from snapshotter.directories import Directories
@@ -13,6 +15,20 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot
+
+# For somebody to look at what was put aside; then it goes.
+_QUARANTINE_SECONDS: Final = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Who owns what there is."""
+
+    metastore: Metastore
+    store: LayerStore
+    directories: Directories
+    activation: Activation
+    links: Links
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +45,27 @@ class Inventory:
     unsettled_links: tuple[Snapshot, ...] = ()  # committed ones, without the link that they should have or with another
     stray_links: tuple[Path, ...] = ()
     bad_sidecars: tuple[tuple[Layer, str], ...] = ()  # of READY layers, and why
+    old_quarantined: tuple[Path, ...] = ()
 
 
-async def take(
-    metastore: Metastore, store: LayerStore, directories: Directories, activation: Activation, links: Links
-) -> Inventory:
-    """Raises OSError, KernelError, Internal."""
-    snapshots = await metastore.snapshots()
-    layers = await metastore.layers()
-    in_use = await metastore.layers_in_use()
+async def take(parts: Parts) -> Inventory:
+    """Raises OSError, KernelError, Internal.
 
-    def look() -> Inventory:
+    Files and directories of snapshots before rows: what has come in between has its row, and nothing is taken for left
+    over that somebody is about to use. Of layers and links that holds with `Builder.publishing` held, or at a start.
+    """
+    store, directories, links = parts.store, parts.directories, parts.links
+
+    def look() -> tuple[frozenset[tuple[str, str]], frozenset[str], tuple[frozenset[str], frozenset[str]]]:
+        return frozenset(store.listing()), store.left_in_staging(), directories.names()
+
+    layer_files, staged, (all_directories, whole_directories) = await asyncio.to_thread(look)
+    mounted = await asyncio.to_thread(parts.activation.mounted)
+    snapshots = await parts.metastore.snapshots()
+    layers = await parts.metastore.layers()
+    in_use = await parts.metastore.layers_in_use()
+
+    def judge() -> Inventory:
         contradictions = {}
         bad_sidecars = []
         for layer in layers:
@@ -56,18 +82,21 @@ async def take(
                     bad_sidecars.append((layer, wrong))
         sound = [layer for layer in layers if layer.id not in contradictions]
         unsettled, strays = links.look(snapshots, sound)
+        too_old_ns = time.time_ns() - _QUARANTINE_SECONDS * 10**9
         return Inventory(
             tuple(snapshots),
             tuple(layers),
             contradictions,
-            frozenset(store.listing()),
-            frozenset(entry.name for entry in store.staging.iterdir()),
-            *directories.names(),
-            frozenset(activation.mounted()),
+            layer_files,
+            staged,
+            all_directories,
+            whole_directories,
+            frozenset(mounted),
             frozenset(in_use),
             tuple(unsettled),
             tuple(strays),
             tuple(bad_sidecars),
+            tuple(path for path, status in store.quarantined() if status.st_mtime_ns < too_old_ns),
         )
 
-    return await asyncio.to_thread(look)
+    return await asyncio.to_thread(judge)

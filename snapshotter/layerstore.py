@@ -2,28 +2,43 @@
 """Layer files on disk: <root>/layers/FORMAT/HEX, and <root>/staging for what is being written.
 
 A file in `layers` is whole: it was synced, then renamed, then its directory was synced. Whether it is
-also a layer is for the metadata to say. Beside it there may be its sidecar. <root>/tables/FORMAT/HEX is the
-table of the directories that a layer made for want of an entry, which most have none of: there before the
-layer, gone after it.
+also a layer is for the metadata to say. Its modification time is UNTOUCHED_NS: one that somebody has written to
+since has another, and is not trusted before every block of it was checked. Beside it there may be its sidecar.
+<root>/tables/FORMAT/HEX is the table of the directories that a layer made for want of an entry, which most have none
+of: there before the layer, gone after it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from blockdev.errors import FormatError
 from blockdev.formats.layer_file import STORED_FORMATS, format_named, open_layer_file
 from snapshotter.contracts import kata_erofs
+from snapshotter.direct import opened_direct
 from snapshotter.errors import ResourceExhausted
-from snapshotter.metastore import Layer
+from snapshotter.metastore import Layer, LayerState
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
+from snapshotter.trash import Trash
+from verity.errors import VerificationFailed
+from verity.tree import Geometry
+from verity.verify import verify_all
+
+# Of a whole layer file, in ns since the epoch: what no write(2) and no copy leaves. Whole seconds, for file systems
+# that keep no more.
+UNTOUCHED_NS: Final = 86_400 * 10**9
+
+Pace = Callable[[int], None]  # told of the bytes that are read next; it may take its time, or raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +52,17 @@ class Staged:
 
 
 class LayerStore:
-    def __init__(self, root: Path, *, reserve_bytes: int = 0) -> None:
+    def __init__(self, root: Path, trash: Trash | None = None, *, reserve_bytes: int = 0) -> None:
         self.root = root
         self.staging = root / "staging"
+        self._quarantine = root / "quarantine"
+        self.trash = trash or Trash(root)
         self._layers = root / "layers"
         self._tables = root / "tables"
         self._reserve = reserve_bytes
         # By file, of those that contradicted nothing when they were read.
         self._sound: dict[Path, tuple[object, ...]] = {}
+        self._in_work: set[str] = set()
 
     def prepare(self) -> None:
         for directory in (
@@ -54,6 +72,7 @@ class LayerStore:
             *(directory / name for directory in (self._layers, self._tables) for name in STORED_FORMATS),
         ):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.trash.prepare()
         sync_directory(self._layers)
         sync_directory(self._tables)
         sync_directory(self.root)
@@ -75,12 +94,14 @@ class LayerStore:
             raise ResourceExhausted(f"less than {self._reserve} bytes are free below {self.root}: no build is started")
         fd, name = tempfile.mkstemp(dir=self.staging)
         opened = [fd]
+        self._in_work.add(os.path.basename(name))
 
         def discard() -> None:
             with suppress(FileNotFoundError):
                 os.unlink(name)
             for each in opened:
                 os.close(each)
+            self._in_work.discard(os.path.basename(name))
 
         try:
             for mode in (0o600, 0o400):
@@ -96,6 +117,7 @@ class LayerStore:
         if os.fstat(staged.table_fd).st_size:
             self._publish_table(staged, self.table_path(diff_id, format))
         os.fchmod(staged.fd, 0o400)
+        os.utime(staged.fd, ns=(time.time_ns(), UNTOUCHED_NS))
         os.fsync(staged.fd)
         target = self.path(diff_id, format)
         trace("publish.synced")
@@ -113,24 +135,68 @@ class LayerStore:
         sync_directory(target.parent)
 
     def contradiction(self, layer: Layer) -> str:
-        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer, of a file
-        that has not changed since no more than its inode: a container may have hundreds of layers.
+        """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer, and every
+        block where somebody has written to the file; of one that has not changed since no more than its inode: a
+        container may have hundreds of layers.
 
         Raises OSError where it cannot be looked at: that says nothing of the file, and must cost no good layer.
         """
+        if layer.state is LayerState.BROKEN:
+            return "was found broken"
         path = self.path(layer.diff_id, layer.format)
         try:
-            look = _look(path.lstat(), layer)
-            if self._sound.get(path) == look:
+            status = path.lstat()
+            if self._sound.get(path) == _look(status, layer):
                 return ""
             why = self._contradiction(path, layer)
+            if not why and status.st_mtime_ns != UNTOUCHED_NS:
+                why, status = self._bad_block(layer), path.lstat()
         except FileNotFoundError as error:
             why = error.strerror or str(error)
-        if why:
+        if why or status.st_mtime_ns != UNTOUCHED_NS:
             self._sound.pop(path, None)
         else:
-            self._sound[path] = look
+            self._sound[path] = _look(status, layer)
         return why
+
+    def damage(self, layer: Layer, pace: Pace) -> str:
+        """As `contradiction`, of everything in the file, whatever is known of it. Raises OSError, and what `pace`
+        raises."""
+        try:
+            return self._contradiction(self.path(layer.diff_id, layer.format), layer) or self._bad_block(layer, pace)
+        except FileNotFoundError as error:
+            return error.strerror or str(error)
+
+    def _bad_block(self, layer: Layer, pace: Pace | None = None) -> str:
+        """The first block that does not have its digest; "" where all have. Geometry and root hash are the row's, so
+        whatever head and trailer say is of no matter here. A file in which nothing is wrong counts as untouched again.
+
+        Where `pace` is given, one thread reads, and from the disk: what pods have in memory neither hides what is wrong
+        there nor is driven out. Raises OSError (FileNotFoundError too), and what `pace` raises.
+        """
+        params = format_named(layer.format).params
+        geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
+        path = self.path(layer.diff_id, layer.format)
+        with path.open("rb", buffering=0) as file, opened_direct(path) as read_direct:
+            before = os.fstat(file.fileno())
+
+            def read_at(offset: int, count: int) -> bytes:
+                if pace is None:
+                    return os.pread(file.fileno(), count, offset)
+                pace(count)
+                return read_direct(offset, count)
+
+            try:
+                verify_all(read_at, geometry, bytes.fromhex(layer.root_hash), threads=None if pace is None else 1)
+            except VerificationFailed as error:
+                return f"is damaged: {error}"
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return f"cannot be read: {error.strerror}"
+            if before.st_mtime_ns == os.fstat(file.fileno()).st_mtime_ns != UNTOUCHED_NS:
+                os.utime(file.fileno(), ns=(before.st_atime_ns, UNTOUCHED_NS))
+        return ""
 
     def _contradiction(self, path: Path, layer: Layer) -> str:
         try:
@@ -165,6 +231,7 @@ class LayerStore:
     def write_sidecar(self, layer: Layer) -> None:
         """Durable when this returns. Raises OSError."""
         fd, name = tempfile.mkstemp(dir=self.staging)
+        self._in_work.add(os.path.basename(name))
         try:
             try:
                 content = kata_erofs.sidecar(*_of_sidecar(layer))
@@ -180,6 +247,8 @@ class LayerStore:
             with suppress(FileNotFoundError):
                 os.unlink(name)
             raise
+        finally:
+            self._in_work.discard(os.path.basename(name))
         sync_directory(target.parent)
 
     def drop_sidecar(self, layer: Layer) -> None:
@@ -207,19 +276,35 @@ class LayerStore:
 
     def quarantine(self, diff_id: str, format: str) -> None:
         """Out of the way, for somebody to look at."""
-        place = self.root / "quarantine"
-        place.mkdir(mode=0o700, exist_ok=True)
-        self.sidecar_path(diff_id, format).unlink(missing_ok=True)
+        self._quarantine.mkdir(mode=0o700, exist_ok=True)
+        for path in (self.sidecar_path(diff_id, format), self.table_path(diff_id, format)):
+            path.unlink(missing_ok=True)
+        target = self._quarantine / f"{format}-{diff_id.removeprefix('sha256:')}"
         with suppress(FileNotFoundError):
-            os.rename(self.path(diff_id, format), place / f"{format}-{diff_id.removeprefix('sha256:')}")
+            os.rename(self.path(diff_id, format), target)
+            # When it came here: what is old goes.
+            os.utime(target)
+            trace("quarantine.renamed")
+
+    def quarantined(self) -> list[tuple[Path, os.stat_result]]:
+        """The oldest first."""
+        with suppress(FileNotFoundError):
+            found = [(Path(entry.path), entry.stat(follow_symlinks=False)) for entry in os.scandir(self._quarantine)]
+            return sorted(found, key=lambda each: each[1].st_mtime_ns)
+        return []
+
+    def left_in_staging(self) -> frozenset[str]:
+        """Names that belong to no build of this process."""
+        found = {entry.name for entry in os.scandir(self.staging)}
+        return frozenset(name for name in found if name.partition(".")[0] not in self._in_work)
 
     def delete(self, diff_id: str, format: str) -> None:
+        """Out of their places, into the trash."""
         self._sound.pop(self.path(diff_id, format), None)
         for path in (
             self.sidecar_path(diff_id, format), self.path(diff_id, format), self.table_path(diff_id, format),
         ):  # fmt: skip
-            with suppress(FileNotFoundError):
-                path.unlink()
+            if self.trash.put(path):
                 sync_directory(path.parent)
 
 

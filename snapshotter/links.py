@@ -165,6 +165,14 @@ class Links:
             strays += [directory / name for name in names if _OURS.match(name) and directory / name not in wanted]
         return unsettled, strays
 
+    async def drop_stray(self, path: Path) -> None:
+        """Unless a snapshot has come that wants it. Raises OSError."""
+        async with self._lock:
+            wanted = await self._metastore.chains_linked(str(path.parent))
+            if path.name not in map(layer_name, wanted):
+                await asyncio.to_thread(path.unlink, missing_ok=True)
+                trace("links.stray_removed")
+
     async def settle(self, snapshot: Snapshot) -> None:
         """Link and row of a committed snapshot as the configuration has them now. Raises as `made`."""
         directory = self._directories.get(snapshot.snapshotter)

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import os
 import time
+from typing import Final
 
 from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
 from blockdev.formats.layer_writer import LayerWriter
@@ -20,6 +21,8 @@ from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 from verity.buffers import Buffer
 from verity.hasher import LeafStore
+
+EMPTY_TAR: Final = bytes(1024)
 
 
 def identity(content: bytes) -> str:
@@ -52,6 +55,7 @@ class Made:
     async def _publish(self, staged: Staged, built: LayerRecord, started: float) -> Layer:
         await asyncio.to_thread(self._store.publish, staged, built.diff_id, built.format)
         trace("made.published")
+        await self._builder.renew(built.diff_id, built.format)
         layer = await self._metastore.publish_layer(built, time.monotonic() - started)
         self._builder.touch(layer)
         self._log.info(

@@ -31,6 +31,7 @@ from snapshotter.errors import (
 )
 from snapshotter.idmap import UID_LABEL
 from snapshotter.names import ChainID, chain_id
+from snapshotter.reserve import Reserve
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 
@@ -94,6 +95,11 @@ _MIGRATIONS: Final = (
     CREATE INDEX snapshots_links ON snapshots (chain_id, links) WHERE links != '';
     CREATE INDEX blobs_diff_id ON blobs (diff_id);
     """,
+    """
+    ALTER TABLE layers ADD COLUMN used_ns INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE layers ADD COLUMN verified_ns INTEGER NOT NULL DEFAULT 0;
+    UPDATE layers SET used_ns = created_ns, verified_ns = created_ns;
+    """,
 )
 
 
@@ -133,6 +139,8 @@ class Layer:
     state: LayerState
     build_seconds: float
     created_ns: int
+    used_ns: int = 0  # since when, at the earliest, no committed snapshot refers to it
+    verified_ns: int = 0  # when every block of its file was last checked, at its build or since
     shared_by: int = 0  # committed snapshots that refer to it; only where a listing counts them
 
     @property
@@ -173,7 +181,7 @@ class Snapshot:
 
 _LAYER: Final = (
     "layers.id, diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes, file_size_bytes,"
-    " entries, warnings, state, build_seconds, layers.created_ns"
+    " entries, warnings, state, build_seconds, layers.created_ns, layers.used_ns, layers.verified_ns"
 )
 _SNAPSHOT: Final = (
     "s.id, s.snapshotter, s.name, coalesce(p.name, ''), s.parent_id, s.kind, s.extraction, s.labels, s.chain_id,"
@@ -375,6 +383,11 @@ class _Database:
             # containerd's conformance suite looks for the word "remove" in it.
             raise FailedPrecondition(f"cannot remove snapshot {key!r}: it has children, {child[0]!r} is one")
         self.connection.execute("DELETE FROM snapshots WHERE id = ?", (snapshot.id,))
+        if snapshot.kind is Kind.COMMITTED:
+            self.connection.execute(
+                "UPDATE layers SET used_ns = ? WHERE id IN (?, ?)",
+                (time.time_ns(), snapshot.layer_id, snapshot.parents_layer_id),
+            )
         return snapshot
 
     def discard(self, snapshot_id: SnapshotID) -> None:
@@ -427,6 +440,13 @@ class _Database:
             (layer_id,),
         )
         return [(row[0], ChainID(row[1])) for row in rows]
+
+    def chains_linked(self, directory: str) -> list[ChainID]:
+        rows = self.connection.execute(
+            "SELECT DISTINCT chain_id FROM snapshots WHERE links = ? AND links != '' AND chain_id IS NOT NULL",
+            (directory,),
+        )
+        return [ChainID(row[0]) for row in rows]
 
     def set_links(self, snapshot_id: SnapshotID, directory: str) -> None:
         self.connection.execute(
@@ -498,15 +518,18 @@ class _Database:
         return self.publish_layer(record, build_seconds)
 
     def publish_layer(self, record: LayerRecord, build_seconds: float) -> Layer:
+        now = time.time_ns()
         values = (
             record.diff_id, record.format, record.root_hash, record.tar_size_bytes, record.data_size_bytes,
             record.tree_size_bytes, record.file_size_bytes, record.entries, _json(record.warnings), LayerState.READY,
-            build_seconds, time.time_ns(),
+            build_seconds, now, now, now,
         )  # fmt: skip
         self.connection.execute(
             "INSERT INTO layers (diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes,"
-            " file_size_bytes, entries, warnings, state, build_seconds, created_ns)"
-            f" VALUES ({', '.join('?' * len(values))}) ON CONFLICT (diff_id, format) DO UPDATE SET state = 'ready'",
+            " file_size_bytes, entries, warnings, state, build_seconds, created_ns, used_ns, verified_ns)"
+            f" VALUES ({', '.join('?' * len(values))}) ON CONFLICT (diff_id, format)"
+            " DO UPDATE SET state = 'ready',"
+            " verified_ns = iif(state = 'ready', verified_ns, excluded.verified_ns)",
             values,
         )
         layer = self.layer(record.diff_id, record.format)
@@ -515,6 +538,20 @@ class _Database:
             # Same tar, same format, other bytes: never to be had, so never to be stored.
             raise Internal(f"layer {record.diff_id} has root hash {layer.root_hash}, this build says otherwise")
         return layer
+
+    def blobs_of(self, diff_id: str) -> list[tuple[str, str, int]]:
+        return self.connection.execute(
+            "SELECT digest, compression, size_bytes FROM blobs WHERE diff_id = ? ORDER BY size_bytes", (diff_id,)
+        ).fetchall()
+
+    def users(self, layer_id: LayerID) -> list[Snapshot]:
+        rows = self.connection.execute(
+            f"SELECT {_SNAPSHOT} WHERE s.layer_id = ?1 OR s.parents_layer_id = ?1 ORDER BY s.id", (layer_id,)
+        )
+        return [_snapshot(row) for row in rows]
+
+    def mark_verified(self, layer_id: LayerID, at_ns: int) -> None:
+        self.connection.execute("UPDATE layers SET verified_ns = ? WHERE id = ?", (at_ns, layer_id))
 
     def mark_broken(self, layer_ids: Iterable[LayerID]) -> None:
         self.connection.executemany(
@@ -569,11 +606,12 @@ class Metastore:
     ResourceExhausted where the disk is full.
 
     A caller that is cancelled leaves its transaction to end: it happened or it did not. `unmounted`: names of
-    snapshotters whose containers need no layer mounted on the host.
+    snapshotters whose containers need no layer mounted on the host. `reserve`: what a full disk has for transactions
+    that make room.
     """
 
-    def __init__(self, path: Path, *, unmounted: frozenset[str] = frozenset()) -> None:
-        self._path, self._unmounted = path, unmounted
+    def __init__(self, path: Path, *, unmounted: frozenset[str] = frozenset(), reserve: Reserve | None = None) -> None:
+        self._path, self._unmounted, self._reserve = path, unmounted, reserve
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metastore")
         try:
             self._database = self._thread.submit(_Database, path, read_only=False).result()
@@ -583,6 +621,17 @@ class Metastore:
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._database.connection.close)
         self._thread.shutdown()
+
+    async def _make_room(
+        self, work: Callable[Concatenate[_Database, _P], _T], *arguments: _P.args, **named: _P.kwargs
+    ) -> _T:
+        """As `_run`, and on a full disk from the reserve."""
+        try:
+            return await self._run(work, *arguments, **named)
+        except ResourceExhausted:
+            if self._reserve is None or not self._reserve.give_up():
+                raise
+        return await self._run(work, *arguments, **named)
 
     async def _run(self, work: Callable[Concatenate[_Database, _P], _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         def call() -> _T:
@@ -654,11 +703,11 @@ class Metastore:
 
     async def remove(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound, FailedPrecondition (has children)."""
-        return await self._run(_Database.remove, snapshotter, key)
+        return await self._make_room(_Database.remove, snapshotter, key)
 
     async def discard(self, snapshot_id: SnapshotID) -> None:
         """An active snapshot or view that was never answered for."""
-        await self._run(_Database.discard, snapshot_id)
+        await self._make_room(_Database.discard, snapshot_id)
 
     async def update_labels(
         self, snapshotter: str, name: str, change: Callable[[dict[str, str]], Mapping[str, str]]
@@ -683,6 +732,10 @@ class Metastore:
     async def links_of(self, layer_id: LayerID) -> list[tuple[str, ChainID]]:
         """(links directory, chain ID) of each link to its file."""
         return await self._run(_Database.links_of, layer_id)
+
+    async def chains_linked(self, directory: str) -> list[ChainID]:
+        """Those whose layer has a link there."""
+        return await self._run(_Database.chains_linked, directory)
 
     async def set_links(self, snapshot_id: SnapshotID, directory: str) -> None:
         """Of a committed snapshot."""
@@ -717,12 +770,24 @@ class Metastore:
         """As `publish`, of a layer that no blob leads to. Raises Internal."""
         return await self._run(_Database.publish_layer, record, build_seconds)
 
+    async def blobs_of(self, diff_id: str) -> list[tuple[str, str, int]]:
+        """(digest, compression, size in bytes) of the blobs that a build has found to be the layer; smallest first."""
+        return await self._run(_Database.blobs_of, diff_id)
+
+    async def users(self, layer_id: LayerID) -> list[Snapshot]:
+        """Snapshots that refer to the layer."""
+        return await self._run(_Database.users, layer_id)
+
+    async def mark_verified(self, layer_id: LayerID, at_ns: int) -> None:
+        """Every block was checked, at this time since the epoch."""
+        await self._run(_Database.mark_verified, layer_id, at_ns)
+
     async def mark_broken(self, layer_ids: Iterable[LayerID]) -> None:
         await self._run(_Database.mark_broken, list(layer_ids))
 
     async def delete_layer(self, layer_id: LayerID) -> bool:
         """The layer and the blobs that lead to it; False where a snapshot refers to it."""
-        return await self._run(_Database.delete_layer, layer_id)
+        return await self._make_room(_Database.delete_layer, layer_id)
 
 
 def read(path: Path) -> tuple[list[Snapshot], list[Layer]]:

@@ -21,6 +21,7 @@ BUILDS_RUNNING: Final = Gauge("tardev_builds_running", "Builds under way")
 BUILDS_JOINED: Final = Counter("tardev_builds_joined", "Requests that joined a build under way")
 BUILDS_CACHED: Final = Counter("tardev_builds_cached", "Requests that a stored layer answered")
 DOWNLOADS_SKIPPED: Final = Counter("tardev_downloads_skipped", "Layers that a stored one spared containerd to fetch")
+LAYERS_REPAIRED: Final = Counter("tardev_layers_repaired", "Broken layers that were made again in their place")
 LAYERS_DELETED: Final = Counter("tardev_layers_deleted", "Layer files that nothing referred to any more")
 
 

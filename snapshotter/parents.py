@@ -41,7 +41,7 @@ class BrokenTable(BrokenLayer):
 
     def __init__(self, layer: Layer, why: str) -> None:
         super().__init__(layer, why)
-        self.args = (f"layer {layer.diff_id}: its directory table: {why}; pull the image again",)
+        self.args = (f"layer {layer.diff_id}: its directory table: {why}; `tardevctl fsck --repair` makes it again",)
 
 
 class Parents:
@@ -101,20 +101,15 @@ class Parents:
             raise Internal(f"the layers of snapshot {snapshot.name!r} do not give the parents layer {lost.diff_id}")
         await self._made.stored(table, lost.format)
 
-    async def mend(self) -> None:
-        """All that were found broken. What cannot be made again is logged; a container on it meets it once more."""
-        broken = {
-            layer.id
-            for layer in await self._metastore.layers()
-            if of_chain(layer.format) and layer.state is LayerState.BROKEN
-        }
-        for snapshot in await self._metastore.snapshots() if broken else ():
-            if snapshot.parents_layer_id in broken:
-                try:
-                    await self.again(snapshot)
-                except Exception as error:
-                    what = f"{type(error).__name__}: {error}"
-                    self._log.error("a parents layer cannot be made again", key=snapshot.name, error=what)
+    async def check_table(self, layer: Layer) -> None:
+        """Raises BrokenTable where the table of the directories that it made is missing or bad."""
+
+        def read() -> None:
+            with _Files(self._store) as files:
+                for _ in files.made(layer):
+                    pass
+
+        await asyncio.to_thread(read)
 
     async def _table_with(self, parent: Snapshot, layer: Layer) -> bytes:
         """Empty where nothing is needed."""

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from snapshotter.activation import Activation
-from snapshotter.directories import Directories, remove_tree
-from snapshotter.inventory import Inventory
-from snapshotter.layerstore import LayerStore
-from snapshotter.links import Links
+from snapshotter.inventory import Inventory, Parts
 from snapshotter.log import get_logger
-from snapshotter.metastore import Layer, LayerState, Metastore, Snapshot, SnapshotID
+from snapshotter.metastore import Layer, LayerState, Snapshot, SnapshotID
+from snapshotter.trace import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class DeleteLayerFile:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A layer file that contradicts its row."""
+    """A layer file that contradicts its row, or whose row says that it was found broken."""
 
     layer: Layer
     reason: str
@@ -82,6 +79,13 @@ class DropSidecar:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class DeleteQuarantined:
+    """Nobody has come to look at it."""
+
+    path: Path
+
+
 Action: TypeAlias = (
     DeleteStaged
     | DeleteLayerFile
@@ -92,18 +96,19 @@ Action: TypeAlias = (
     | SettleLink
     | DeleteLink
     | DropSidecar
+    | DeleteQuarantined
 )
 
 
 def plan(inventory: Inventory) -> list[Action]:
     actions: list[Action] = [DeleteStaged(name) for name in sorted(inventory.staged)]
-    ready = {(layer.diff_id, layer.format) for layer in inventory.layers if layer.state is LayerState.READY}
-    actions += [DeleteLayerFile(*file) for file in sorted(inventory.layer_files - ready)]
-    actions += [
-        Quarantine(layer, inventory.contradictions[layer.id])
-        for layer in inventory.layers
-        if layer.id in inventory.contradictions
-    ]
+    known = {(layer.diff_id, layer.format) for layer in inventory.layers}
+    actions += [DeleteLayerFile(*file) for file in sorted(inventory.layer_files - known)]
+    for layer in inventory.layers:
+        if layer.id in inventory.contradictions:
+            actions.append(Quarantine(layer, inventory.contradictions[layer.id]))
+        elif layer.state is LayerState.BROKEN and (layer.diff_id, layer.format) in inventory.layer_files:
+            actions.append(Quarantine(layer, "was found broken"))
     wanted = {str(snapshot.id) for snapshot in inventory.snapshots if snapshot.has_directory}
     actions += [DeleteSnapshotDirectory(name) for name in sorted(inventory.snapshot_directories - wanted)]
     actions += [
@@ -116,38 +121,31 @@ def plan(inventory: Inventory) -> list[Action]:
     actions += [SettleLink(snapshot) for snapshot in inventory.unsettled_links]
     actions += [DeleteLink(path) for path in inventory.stray_links]
     actions += [DropSidecar(layer, reason) for layer, reason in inventory.bad_sidecars]
+    actions += [DeleteQuarantined(path) for path in inventory.old_quarantined]
     return actions
 
 
-async def apply(
-    actions: Sequence[Action],
-    metastore: Metastore,
-    store: LayerStore,
-    directories: Directories,
-    activation: Activation,
-    links: Links,
-) -> None:
-    """Every action that can be done; the others are logged and wait for the next time, and the daemon starts."""
+async def apply(actions: Sequence[Action], parts: Parts) -> list[tuple[Action, str]]:
+    """Every action that can be done; the others, with why not, are logged, and wait for the next time."""
     log = get_logger()
+    failed = []
     for action in actions:
         log.info("reconcile", action=type(action).__name__, detail=str(action))
         try:
-            await _do(action, metastore, store, directories, activation, links)
+            await _do(action, parts)
         except Exception as error:
-            log.error("reconcile failed", action=str(action), error=f"{type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error}"
+            log.error("reconcile failed", action=str(action), error=why)
+            failed.append((action, why))
+        trace("reconcile.done")
+    return failed
 
 
-async def _do(
-    action: Action,
-    metastore: Metastore,
-    store: LayerStore,
-    directories: Directories,
-    activation: Activation,
-    links: Links,
-) -> None:
+async def _do(action: Action, parts: Parts) -> None:
+    metastore, store, directories = parts.metastore, parts.store, parts.directories
     match action:
         case DeleteStaged(name):
-            await asyncio.to_thread(remove_tree, store.staging / name)
+            await asyncio.to_thread(store.trash.put, store.staging / name)
         case DeleteLayerFile(diff_id, layer_format):
             await asyncio.to_thread(store.delete, diff_id, layer_format)
         case Quarantine(layer, _):
@@ -157,11 +155,15 @@ async def _do(
             await directories.remove(name)
         case MakeSnapshotDirectory(snapshot_id):
             await asyncio.to_thread(directories.make, snapshot_id)
+            if await metastore.by_id(snapshot_id) is None:
+                await directories.remove(str(snapshot_id))
         case ReleaseMounts():
-            await activation.release_unused(metastore.layers_in_use)
+            await parts.activation.release_unused(metastore.layers_in_use)
         case SettleLink(snapshot):
-            await links.settle(snapshot)
+            await parts.links.settle(snapshot)
         case DeleteLink(path):
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            await parts.links.drop_stray(path)
         case DropSidecar(layer, _):
             await asyncio.to_thread(store.drop_sidecar, layer)
+        case DeleteQuarantined(path):
+            await asyncio.to_thread(store.trash.put, path)

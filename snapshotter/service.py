@@ -13,12 +13,17 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from snapshotter.api.proto import (
     diff_pb2,
     diff_pb2_grpc,
+    maintenance_pb2,
+    maintenance_pb2_grpc,
     snapshots_pb2,
     snapshots_pb2_grpc,
     types_pb2,
 )
+from snapshotter.collector import Collector
 from snapshotter.content import Blob, Caller
 from snapshotter.contracts import Mount
+from snapshotter.errors import one_line, translate
+from snapshotter.fsck import Checked, Finding, Fsck
 from snapshotter.metastore import Kind, Snapshot
 from snapshotter.snapshots import Snapshots
 
@@ -153,3 +158,42 @@ class DiffService(diff_pb2_grpc.DiffServicer):
         return diff_pb2.DiffResponse(
             diff=types_pb2.Descriptor(media_type=blob.media_type, digest=blob.digest, size=blob.size_bytes)
         )
+
+
+class MaintenanceService(maintenance_pb2_grpc.MaintenanceServicer):
+    """For tardevctl: as long as it takes, whatever bounds containerd's calls have."""
+
+    def __init__(self, fsck: Fsck, collector: Collector) -> None:
+        self._fsck, self._collector = fsck, collector
+
+    async def Check(self, request: Any, context: Any) -> None:
+        try:
+            check = self._fsck.check(
+                repair=request.repair, bytes_per_second=request.bytes_per_second, blocks_only=request.blocks_only
+            )
+            async with aclosing(check) as events:
+                async for event in events:
+                    await context.write(_event(event))
+            return
+        except Exception as error:
+            failure = translate(error)
+        await context.abort(failure.code, one_line(str(failure)))
+
+    async def Collect(self, request: Any, context: Any) -> maintenance_pb2.CollectResponse:
+        try:
+            done = await self._collector.collect(everything=request.everything)
+            return maintenance_pb2.CollectResponse(layers=done.layers, size_bytes=done.size_bytes)
+        except Exception as error:
+            failure = translate(error)
+        await context.abort(failure.code, one_line(str(failure)))
+        raise AssertionError("unreachable")
+
+
+def _event(event: Finding | Checked) -> maintenance_pb2.CheckEvent:
+    if isinstance(event, Checked):
+        progress = maintenance_pb2.Progress(done_bytes=event.done_bytes, total_bytes=event.total_bytes)
+        return maintenance_pb2.CheckEvent(progress=progress)
+    finding = maintenance_pb2.Finding(
+        what=one_line(event.what), problem=one_line(event.problem), outcome=event.outcome, advice=one_line(event.advice)
+    )
+    return maintenance_pb2.CheckEvent(finding=finding)

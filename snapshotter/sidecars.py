@@ -16,13 +16,12 @@ from snapshotter.contracts.kata_erofs import takes
 from snapshotter.contracts.mount import Lower
 from snapshotter.errors import DataLoss, FailedPrecondition
 from snapshotter.layerstore import LayerStore
-from snapshotter.made import Made
+from snapshotter.made import EMPTY_TAR, Made
 from snapshotter.metastore import Layer
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 
 # Of a tar without members: two blocks of zeros.
-_EMPTY_TAR = bytes(1024)
 
 
 class Sidecars:
@@ -45,7 +44,7 @@ class Sidecars:
                     " remove the image, and pull it again"
                 )
         if len(found) < min_layers:
-            empty = await self._made.stored(_EMPTY_TAR, layer_format)
+            empty = await self._made.stored(EMPTY_TAR, layer_format)
             found += [empty] * (min_layers - len(found))
         await to_the_end(asyncio.to_thread(self._look_at, {layer.id: layer for layer in found}.values()))
         return [Lower(self._store.path(each.diff_id, each.format), each.format, each.root_hash) for each in found]

@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from blockdev.formats.compression import MEDIA_TYPES
 from blockdev.formats.layer_file import of_chain
@@ -21,6 +21,7 @@ from snapshotter import metrics
 from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
 from snapshotter.candidates import Candidates
+from snapshotter.collector import Collector
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.contracts import CONTRACTS, Contract, Lower, Mount, Place
 from snapshotter.contracts.limit import check_layers
@@ -40,14 +41,15 @@ from snapshotter.idmap import GID_LABEL, UID_LABEL, IDMapping, keeping, mapping_
 from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.log import get_logger
-from snapshotter.made import Made
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component
-from snapshotter.parents import Parents
+from snapshotter.repair import Repair
 from snapshotter.sidecars import Sidecars
 from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
 from snapshotter.usage import Usage, Use
+
+_T = TypeVar("_T")
 
 _REF: Final = "containerd.io/snapshot.ref"
 
@@ -76,18 +78,17 @@ class Snapshots:
         content: Content,
         activation: Activation,
         links: Links,
-        *,
-        cache_bytes: int,
+        collector: Collector,
+        repair: Repair,
     ) -> None:
         self._names = names
         self._metastore, self._store, self._builder = metastore, store, builder
         self._directories, self._activation, self._links = directories, activation, links
-        self._cache_bytes = cache_bytes
+        self._collector, self._repair = collector, repair
         formats = {name: named.format for name, named in names.items()}
         self._candidates = Candidates(formats, builder, content)
-        made = Made(metastore, store, builder)
-        self._parents = Parents(metastore, store, builder, made)
-        self._sidecars = Sidecars(store, made)
+        self._parents = repair.parents
+        self._sidecars = Sidecars(store, repair.made)
         self._usage = Usage(directories.filled)
         self._content = content
         self._differ = Differ(
@@ -99,8 +100,8 @@ class Snapshots:
         self._log = get_logger()
 
     async def resume(self) -> None:
-        """What an unpacker may still be filling since before the start, and what was found broken and can be mended."""
-        await self._parents.mend()
+        """What an unpacker may still be filling since before the start; what was found broken, behind the answers."""
+        self._background.later("layers that were found broken", self._repair.all_broken())
         for snapshot in await self._metastore.snapshots():
             if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
                 self._expect(snapshot, Caller.of({}, snapshot.name))
@@ -160,7 +161,7 @@ class Snapshots:
         if is_digest(promised) and chain != promised:
             below = repr(above.name) if above else "nothing"
             raise FailedPrecondition(f"layer {layer.diff_id} on {below} has the chain ID {chain}, not {promised}")
-        on_top = await self._parents.of(above, layer)
+        on_top = await self._on_top(above, layer)
         trace("commit.checked")
         await to_the_end(self._commit(snapshot, name, labels, layer, chain, above, on_top))
 
@@ -249,28 +250,9 @@ class Snapshots:
         return await self._usage.of(snapshot.id) if snapshot.has_directory else Use(0, 0)
 
     async def cleanup(self, snapshotter: str) -> None:
-        """Delete layers that nothing refers to, oldest first, as far as the cache is over its size."""
+        """Delete layers that nothing refers to, as far as the cache may not keep them (`collector`)."""
         self._known(snapshotter)
-        await self.sweep()
-
-    async def sweep(self) -> None:
-        unused = [layer for layer in await self._metastore.layers() if not layer.shared_by]
-        spare = sum(layer.file_size_bytes for layer in unused) - self._cache_bytes
-        for layer in unused:
-            if spare <= 0:
-                break
-            if await to_the_end(self._delete(layer)):
-                spare -= layer.file_size_bytes
-
-    async def _delete(self, layer: Layer) -> bool:
-        async with self._builder.publishing:
-            if layer.id in self._builder.recent() or not await self._metastore.delete_layer(layer.id):
-                return False
-            trace("sweep.deleted")
-            await asyncio.to_thread(self._store.delete, layer.diff_id, layer.format)
-        metrics.LAYERS_DELETED.inc()
-        self._log.info("layer deleted", diff_id=layer.diff_id, format=layer.format)
-        return True
+        await self._collector.collect()
 
     # Diff
 
@@ -302,7 +284,7 @@ class Snapshots:
         trace("apply.recorded")
         if snapshot.parent_id:
             # Not waited for in containerd's write transaction, as at Commit.
-            await self._parents.of(await self._metastore.by_id(snapshot.parent_id), layer)
+            await self._on_top(await self._metastore.by_id(snapshot.parent_id), layer)
         return layer
 
     async def diff(
@@ -435,7 +417,7 @@ class Snapshots:
         parent = above.name if above else ""
         snapshot = await self._metastore.create(snapshotter, key, parent, Kind.ACTIVE, labels, extraction=True)
         try:
-            await self._commit(snapshot, name, labels, layer, chain, above, await self._parents.of(above, layer))
+            await self._commit(snapshot, name, labels, layer, chain, above, await self._on_top(above, layer))
         except AlreadyExists:
             await self._undo(snapshot)
             return False
@@ -509,8 +491,8 @@ class Snapshots:
         layers: Callable[[], Awaitable[Sequence[Layer]]],
         mapped: tuple[Path, IDMapping] | None,
     ) -> list[Lower]:
-        """The layers below, where the contract wants them. Raises BrokenLayer; not for a parents layer that can be made
-        again."""
+        """The layers below, where the contract wants them; a broken one is repaired first. Raises BrokenLayer where it
+        cannot be."""
 
         async def ensure() -> list[Lower]:
             contract = self._contract(snapshot)
@@ -523,15 +505,24 @@ class Snapshots:
                     layer_format = self._names[snapshot.snapshotter].format
                     return await self._sidecars.ensure(layers, layer_format, contract.MIN_LAYERS)
 
-        try:
-            return await ensure()
-        except BrokenLayer as error:
-            await self._metastore.mark_broken([error.layer.id])
-            parent = await self._metastore.by_id(snapshot.parent_id) if snapshot.parent_id else None
-            if not of_chain(error.layer.format) or parent is None:
-                raise
-            await self._parents.again(parent)
-        return await ensure()
+        return await self._repairing(ensure)
+
+    async def _on_top(self, above: Snapshot | None, layer: Layer) -> LayerID | None:
+        """The parents layer of a chain. Raises as `Parents.of`."""
+        return await self._repairing(lambda: self._parents.of(above, layer))
+
+    async def _repairing(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Again after each repair of what it finds broken, once for each layer. Raises BrokenLayer where there is
+        none, and what `work` raises."""
+        repaired: set[LayerID] = set()
+        while True:
+            try:
+                return await work()
+            except BrokenLayer as error:
+                if error.layer.id in repaired:
+                    raise
+                repaired.add(error.layer.id)
+                await self._repair.layer(error)
 
     async def _parent_at_commit(self, snapshot: Snapshot, parent: str) -> Snapshot | None:
         """Its own, or the one that the caller names for a snapshot that was prepared without."""
@@ -549,10 +540,8 @@ class Snapshots:
             layer = await self._metastore.layer_by_id(snapshot.layer_id)
             assert layer is not None  # a foreign key
             why = await asyncio.to_thread(self._store.contradiction, layer)
-            if why:
-                await self._metastore.mark_broken([layer.id])
             if why or layer.state is not LayerState.READY:
-                raise BrokenLayer(layer, why or "was found broken")
+                layer = await self._repair.layer(BrokenLayer(layer, why or "was found broken"))
             if not snapshot.extraction and not await self._directories.is_empty(snapshot.id):
                 raise FailedPrecondition(f"snapshot {snapshot.name!r} has a layer, and changes beside it")
             return layer

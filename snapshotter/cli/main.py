@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tardevctl`. Exit status: 0 done; 1 refused or failed, the reason on standard error; 2 wrong usage.
 
-`layer diff` has those of diff(1): 0 equal, 1 different, 2 trouble. `uvm run` has those of the command, and 125 where
-it was not run.
+`fsck` and `scrub` end with 1 where something is wrong and was not repaired. `layer diff` has those of diff(1): 0 equal,
+1 different, 2 trouble. `uvm run` has those of the command, and 125 where it was not run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 import typer
 
 from snapshotter import config, metastore
-from snapshotter.cli import layer_commands, uvm_commands
+from snapshotter.cli import layer_commands, store_commands, uvm_commands
 from snapshotter.cli.output import AsJSON, ConfigFile, reported, rows
 from snapshotter.metastore import Layer, Snapshot
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(layer_commands.app, name="layer")
 app.add_typer(uvm_commands.app, name="uvm")
+app.command()(store_commands.fsck)
+app.command()(store_commands.scrub)
+app.command()(store_commands.gc)
 
 
 def _database(path: Path | None) -> Path:
@@ -72,6 +75,7 @@ def layers(config_file: ConfigFile = None, as_json: AsJSON = False) -> None:
             "build_seconds": round(layer.build_seconds, 3),
             "shared_by": layer.shared_by,
             "warnings": layer.warnings,
+            "verified_ns": layer.verified_ns,
         }
 
     _, found = metastore.read(_database(config_file))

@@ -288,11 +288,13 @@ def test_a_layer_that_is_built_again_has_its_links_renewed(node: Kata) -> None:
     good = node.file("a").read_bytes()
     node.file("a").unlink()
     node.file("a").write_bytes(good[:-4096] + bytes(4096))
+    blobs = node.daemon.directory.parent / "containerd/io.containerd.content.v1.content/blobs"
+    os.rename(blobs, aside := blobs.with_name("aside"))
     refused(Code.DATA_LOSS, node.api.prepare, node.api.key("pod"), name)
-    node.api.unpacked("a")
+    os.rename(aside, blobs)
+    node.api.prepare(node.api.key("pod"), name)
     assert os.path.samefile(node.link("a"), node.file("a"))
     assert node.link("a").read_bytes() == good
-    node.api.prepare(node.api.key("pod"), name)
 
 
 # Configuration

@@ -211,8 +211,8 @@ def test_a_lost_one_is_made_again_when_the_daemon_starts(daemon: Daemon, how: An
     daemon.stop()
     how(lost(daemon))
     daemon.restart()
+    wait_for("it is READY", lambda: of_chains(daemon)[0].state is LayerState.READY)
     assert lost(daemon).read_bytes() == good
-    assert of_chains(daemon)[0].state is LayerState.READY
 
 
 def test_a_lost_one_is_made_again_when_a_layer_comes_on_top(daemon: Daemon) -> None:
@@ -229,22 +229,29 @@ def test_a_lost_one_is_made_again_when_a_layer_comes_on_top(daemon: Daemon) -> N
         assert digest_of(path.read_bytes()[4096 : 4096 + of_chains(daemon)[0].tar_size_bytes]) == identity
 
 
-def test_a_lower_layer_that_does_not_verify_is_said_to_be_broken(daemon: Daemon) -> None:
+def test_a_lower_layer_that_does_not_verify_is_repaired_or_said_to_be_broken(daemon: Daemon) -> None:
     with daemon.client() as client:
         image(daemon, client, LOW)
         path = daemon.root / "layers/tar-index" / digest_of(LOW).removeprefix("sha256:")
         bad = bytearray(path.read_bytes())
         at = bad.index((0o042750).to_bytes(2, "little"), 4096)  # the mode of `a`
         bad[at] ^= 1
+        before = path.stat()
         path.unlink()
         path.write_bytes(bad)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk does it
+        good = next((daemon.directory.parent / "containerd").rglob(f"blobs/sha256/{digest_of(LOW)[7:]}"))
+        os.rename(good, aside := daemon.directory / "aside")
         error = refused(lambda: image(daemon, client, LOW, ADDS))
         assert error.code() is grpc.StatusCode.DATA_LOSS
         assert digest_of(LOW) in error.details()
+        os.rename(aside, good)
+        image(daemon, client, LOW, ADDS)
+        assert path.read_bytes() != bytes(bad)
 
 
 @pytest.mark.parametrize("how", ["missing", "spoilt"])
-def test_a_bad_table_is_mended_by_another_apply(daemon: Daemon, how: str) -> None:
+def test_a_bad_table_is_made_again_from_the_layers_blob(daemon: Daemon, how: str) -> None:
     with daemon.client() as client:
         image(daemon, client, LOW)
         key, mounts = prepare(client, chain_id([ADDS]))
@@ -255,12 +262,7 @@ def test_a_bad_table_is_mended_by_another_apply(daemon: Daemon, how: str) -> Non
         table.unlink()
         if how == "spoilt":
             table.write_bytes(good[:-1])
-            error = refused(lambda: image(daemon, client, LOW, ADDS))
-            assert error.code() is grpc.StatusCode.DATA_LOSS
-            assert "directory table" in error.details()
-            image(daemon, client, LOW, ADDS, number=2)
-        else:
-            image(daemon, client, LOW, ADDS)
+        image(daemon, client, LOW, ADDS)
         assert table.read_bytes() == good
         assert len(of_chains(daemon)) == 1
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from blockdev.changeset import write_changeset
 from blockdev.formats.limits import Limits
 from snapshotter.cli import layer as cli_layer
-from snapshotter.directories import remove_tree
+from snapshotter.trash import remove_tree
 from tests.file_trees import differences, observe
 from tests.golden.test_tar_index import build
 

@@ -16,7 +16,7 @@ from blockdev.changeset import Changeset, write_changeset
 from blockdev.errors import BlockdevError, LimitExceeded, SourceChanged, UnsupportedError
 from blockdev.formats.limits import Limits
 from blockdev.formats.tar import Member, MemberType
-from snapshotter.directories import remove_tree
+from snapshotter.trash import remove_tree
 from tests.unit.test_tar_writer import scanned
 from verity.buffers import Buffer
 

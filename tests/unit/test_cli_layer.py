@@ -22,7 +22,7 @@ import pytest
 
 from snapshotter.cli import layer as cli_layer
 from snapshotter.cli import output as cli_output
-from snapshotter.directories import remove_tree
+from snapshotter.trash import remove_tree
 from tests.conftest import in_every_run
 from tests.file_trees import differences, observe
 from tests.golden import make_tars, test_tarfs

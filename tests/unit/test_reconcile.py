@@ -14,15 +14,16 @@ from blockdev.formats.layer_file import STORED_FORMATS, TRAILER_BYTES
 from blockdev.workers.launch import BuildRecord
 from snapshotter import inventory, reconcile
 from snapshotter.activation import Activation
-from snapshotter.directories import Directories, remove_tree
+from snapshotter.directories import Directories
 from snapshotter.errors import ResourceExhausted
-from snapshotter.inventory import Inventory
+from snapshotter.inventory import Inventory, Parts
 from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from snapshotter.reconcile import (
     DeleteLayerFile,
     DeleteLink,
+    DeleteQuarantined,
     DeleteSnapshotDirectory,
     DeleteStaged,
     DropSidecar,
@@ -32,6 +33,7 @@ from snapshotter.reconcile import (
     SettleLink,
     plan,
 )
+from snapshotter.trash import Trash, remove_tree
 from tests.golden import make_tars
 from tests.golden.test_tar_index import build
 
@@ -89,10 +91,11 @@ def test_a_layer_file_without_a_row_goes() -> None:
     ]
 
 
-def test_the_file_of_a_broken_layer_goes() -> None:
+def test_the_file_of_a_broken_layer_is_put_aside() -> None:
     """Its next build brings another; the row stays for the snapshots that refer to it."""
     files = CLEAN.layer_files | {(digest("3"), FORMAT)}
-    assert plan(replace(CLEAN, layer_files=files)) == [DeleteLayerFile(digest("3"), FORMAT)]
+    [broken] = [each for each in CLEAN.layers if each.state is LayerState.BROKEN]
+    assert plan(replace(CLEAN, layer_files=files)) == [Quarantine(broken, "was found broken")]
 
 
 def test_a_file_that_contradicts_its_row_is_put_aside_and_not_deleted() -> None:
@@ -144,11 +147,13 @@ def test_everything_at_once() -> None:
         unsettled_links=(snapshot(3, Kind.COMMITTED, 1),),
         stray_links=(Path("/l/9"),),
         bad_sidecars=((layer(2), "has another salt than the layer"),),
+        old_quarantined=(Path("/q/old"),),
     )
-    assert plan(messy)[-3:] == [
+    assert plan(messy)[-4:] == [
         SettleLink(snapshot(3, Kind.COMMITTED, 1)),
         DeleteLink(Path("/l/9")),
         DropSidecar(layer(2), "has another salt than the layer"),
+        DeleteQuarantined(Path("/q/old")),
     ]
     assert {type(action) for action in plan(messy)} == set(reconcile.Action.__args__)
     assert plan(messy) == plan(messy)
@@ -183,15 +188,17 @@ class Place:
     activation: Activation
     links: Links
 
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.metastore, self.store, self.directories, self.activation, self.links)
+
     async def mend(self) -> list[reconcile.Action]:
-        parts = (self.metastore, self.store, self.directories, self.activation, self.links)
-        actions = plan(await inventory.take(*parts))
+        actions = plan(await inventory.take(self.parts))
         await self.apply(actions)
         return actions
 
     async def apply(self, actions: Iterable[reconcile.Action]) -> None:
-        parts = (self.metastore, self.store, self.directories, self.activation, self.links)
-        await reconcile.apply(list(actions), *parts)
+        await reconcile.apply(list(actions), self.parts)
 
     async def layer(self, name: str) -> Layer:
         """Stored, with its row."""
@@ -213,7 +220,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     root.mkdir(mode=0o700)
     store = LayerStore(root)
     store.prepare()
-    directories = Directories(root)
+    directories = Directories(root, store.trash)
     directories.prepare()
     activation = Activation(root, store)
     activation.prepare()
@@ -221,7 +228,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     links = Links({"tardev": root / "layers"}, metastore, store)
     links.prepare()
     yield Place(root, metastore, store, directories, activation, links)
-    directories.close()
+    store.trash.close()
     await metastore.close()
 
 
@@ -281,24 +288,30 @@ async def test_every_action_may_be_done_twice(place: Place) -> None:
     place.store.path(digest("e"), FORMAT).write_bytes(b"x")
     (place.store.staging / "half").write_bytes(b"x")
     place.directories.make(SnapshotID(99))
+    made = await place.snapshot("k")
+    remove_tree(place.root / "snapshots" / str(made.id))
     actions: list[reconcile.Action] = [
         DeleteStaged("half"),
         DeleteLayerFile(digest("e"), FORMAT),
         Quarantine(stored, "why"),
         DeleteSnapshotDirectory("99"),
+        MakeSnapshotDirectory(made.id),
         MakeSnapshotDirectory(SnapshotID(7)),
         ReleaseMounts(),
+        DeleteQuarantined(place.root / "quarantine" / "old"),
     ]
     await place.apply(actions)
     await place.apply(actions)
-    assert (place.root / "snapshots" / "7" / "fs").is_dir()
+    assert (place.root / "snapshots" / str(made.id) / "fs").is_dir()
+    assert not (place.root / "snapshots" / "7").exists()  # its snapshot has gone meanwhile
     assert place.store.listing() == []
 
 
 async def test_a_crash_in_the_middle_of_putting_a_layer_aside_is_finished(place: Place) -> None:
     stored = await place.layer("a")
     await place.metastore.mark_broken([stored.id])
-    assert await place.mend() == [DeleteLayerFile(stored.diff_id, FORMAT)]
+    [broken] = await place.metastore.layers()
+    assert await place.mend() == [Quarantine(broken, "was found broken")]
     assert await place.mend() == []
 
 
@@ -319,7 +332,7 @@ async def test_a_broken_layer_that_is_built_again_is_clean(place: Place) -> None
 
 
 def test_a_snapshots_directories_are_made_once_and_with_the_modes_of_a_root(tmp_path: Path) -> None:
-    directories = Directories(tmp_path)
+    directories = Directories(tmp_path, Trash(tmp_path))
     directories.prepare()
     path = directories.path(SnapshotID(7))
     before = os.umask(0o077)

@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from snapshotter import usage as module
-from snapshotter.directories import remove_tree
 from snapshotter.metastore import SnapshotID
+from snapshotter.trash import remove_tree
 from snapshotter.usage import Usage, Use, Walk
 from tests.harness import run
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from snapshotter.api.proto import types_pb2 as snapshotter_dot_api_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"snapshotter/api/proto/images.proto\x12\x1d\x63ontainerd.services.images.v1\x1a!snapshotter/api/proto/types.proto\"C\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x06target\x18\x03 \x01(\x0b\x32\x1c.containerd.types.Descriptor\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"G\n\x10GetImageResponse\x12\x33\n\x05image\x18\x01 \x01(\x0b\x32$.containerd.services.images.v1.Image2p\n\x06Images\x12\x66\n\x03Get\x12..containerd.services.images.v1.GetImageRequest\x1a/.containerd.services.images.v1.GetImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"snapshotter/api/proto/images.proto\x12\x1d\x63ontainerd.services.images.v1\x1a!snapshotter/api/proto/types.proto\"C\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x06target\x18\x03 \x01(\x0b\x32\x1c.containerd.types.Descriptor\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"G\n\x10GetImageResponse\x12\x33\n\x05image\x18\x01 \x01(\x0b\x32$.containerd.services.images.v1.Image\"$\n\x11ListImagesRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"J\n\x12ListImagesResponse\x12\x34\n\x06images\x18\x01 \x03(\x0b\x32$.containerd.services.images.v1.Image2\xdd\x01\n\x06Images\x12\x66\n\x03Get\x12..containerd.services.images.v1.GetImageRequest\x1a/.containerd.services.images.v1.GetImageResponse\x12k\n\x04List\x12\x30.containerd.services.images.v1.ListImagesRequest\x1a\x31.containerd.services.images.v1.ListImagesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETIMAGEREQUEST']._serialized_end=204
   _globals['_GETIMAGERESPONSE']._serialized_start=206
   _globals['_GETIMAGERESPONSE']._serialized_end=277
-  _globals['_IMAGES']._serialized_start=279
-  _globals['_IMAGES']._serialized_end=391
+  _globals['_LISTIMAGESREQUEST']._serialized_start=279
+  _globals['_LISTIMAGESREQUEST']._serialized_end=315
+  _globals['_LISTIMAGESRESPONSE']._serialized_start=317
+  _globals['_LISTIMAGESRESPONSE']._serialized_end=391
+  _globals['_IMAGES']._serialized_start=394
+  _globals['_IMAGES']._serialized_end=615
 # @@protoc_insertion_point(module_scope)

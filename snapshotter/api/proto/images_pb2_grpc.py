@@ -39,12 +39,23 @@ class ImagesStub(object):
                 request_serializer=snapshotter_dot_api_dot_proto_dot_images__pb2.GetImageRequest.SerializeToString,
                 response_deserializer=snapshotter_dot_api_dot_proto_dot_images__pb2.GetImageResponse.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/containerd.services.images.v1.Images/List',
+                request_serializer=snapshotter_dot_api_dot_proto_dot_images__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=snapshotter_dot_api_dot_proto_dot_images__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
 
 
 class ImagesServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Get(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -57,6 +68,11 @@ def add_ImagesServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=snapshotter_dot_api_dot_proto_dot_images__pb2.GetImageRequest.FromString,
                     response_serializer=snapshotter_dot_api_dot_proto_dot_images__pb2.GetImageResponse.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=snapshotter_dot_api_dot_proto_dot_images__pb2.ListImagesRequest.FromString,
+                    response_serializer=snapshotter_dot_api_dot_proto_dot_images__pb2.ListImagesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +102,33 @@ class Images(object):
             '/containerd.services.images.v1.Images/Get',
             snapshotter_dot_api_dot_proto_dot_images__pb2.GetImageRequest.SerializeToString,
             snapshotter_dot_api_dot_proto_dot_images__pb2.GetImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.images.v1.Images/List',
+            snapshotter_dot_api_dot_proto_dot_images__pb2.ListImagesRequest.SerializeToString,
+            snapshotter_dot_api_dot_proto_dot_images__pb2.ListImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,
