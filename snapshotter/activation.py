@@ -22,6 +22,7 @@ from snapshotter.idmap import IDMapping
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer, LayerID
 from snapshotter.tasks import to_the_end
+from snapshotter.trace import trace
 
 
 class BrokenLayer(DataLoss):
@@ -87,6 +88,7 @@ class Activation:
         if why:
             raise BrokenLayer(layer, why)
         point.mkdir(mode=0o700, exist_ok=True)
+        trace("activation.made")
         block_bytes = format_named(layer.format).block_bytes
         try:
             file = self._store.path(layer.diff_id, layer.format)
@@ -95,6 +97,7 @@ class Activation:
             with suppress(OSError):
                 point.rmdir()
             raise
+        trace("activation.mounted")
 
     async def release_unused(self, in_use: Callable[[], Awaitable[set[LayerID] | None]]) -> None:
         """Unmount what no container needs; nothing where `in_use` says None, for all that is mounted.
@@ -131,15 +134,17 @@ def _map(plain: Path, names: Collection[str], directory: Path, mapping: IDMappin
             for name in missing:
                 (directory / name).mkdir(mode=0o700, exist_ok=True)
                 idmap.mount_mapped(plain / name, directory / name, user_namespace_fd)
+                trace("activation.mapped")
 
 
 def _unmount_all(point: Path) -> None:
     """Whatever is mounted there, and the directory. Raises KernelError."""
     # An overlay above holds its own clone of the mount. Who else looks in keeps it until he goes.
     while mounts.unmount(point, lazily=True):
-        pass
+        trace("activation.unmounted")
     with suppress(OSError):
         point.rmdir()
+        trace("activation.released")
 
 
 def _is_id(name: str) -> bool:

@@ -34,6 +34,7 @@ from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Metastore
 from snapshotter.service import DiffService, SnapshotsService
 from snapshotter.snapshots import Named, Snapshots
+from snapshotter.trace import trace
 from verity.hasher import IMPLEMENTATION
 
 _SERVICES: Final = ("", "containerd.services.snapshots.v1.Snapshots", "containerd.services.diff.v1.Diff")
@@ -104,13 +105,16 @@ async def run(settings: Config) -> None:
     async with AsyncExitStack() as at_end:
         at_end.callback(os.close, open_root(root))
         check_root(root)
+        trace("boot.locked")
         # From here on containerd's calls wait in the socket's queue instead of failing.
         bound = listener.bind(Path(settings.address))
         at_end.callback(bound.release)
+        trace("boot.bound")
         contracts = {name: CONTRACTS[chosen.contract] for name, chosen in settings.snapshotters.items()}
         unmounted = frozenset(name for name, contract in contracts.items() if contract.PLACE is not Place.MOUNTED)
         metastore = Metastore(root / FILE_NAME, unmounted=unmounted)
         at_end.push_async_callback(metastore.close)
+        trace("boot.opened")
         store = LayerStore(root, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
         directories = Directories(root)
         at_end.callback(directories.close)
@@ -118,8 +122,10 @@ async def run(settings: Config) -> None:
         links = Links(settings.links(), metastore, store)
         for part in (store, directories, activation, links):
             part.prepare()
+            trace("boot.prepared")
         actions = reconcile.plan(await inventory.take(metastore, store, directories, activation, links))
         await reconcile.apply(actions, metastore, store, directories, activation, links)
+        trace("boot.reconciled")
 
         content = Content(Path(settings.containerd.content), settings.containerd.address)
         at_end.push_async_callback(content.close)
@@ -159,6 +165,7 @@ async def run(settings: Config) -> None:
         )  # fmt: skip
         at_end.push_async_callback(snapshots.close)
         await snapshots.resume()
+        trace("boot.resumed")
 
         inner = root / "grpc.sock"
         calls = Interceptor(settings.builds.timeout)

@@ -19,6 +19,7 @@ from blockdev.kernel import idmap, mounts
 from snapshotter.errors import NotFound
 from snapshotter.idmap import IDMapping
 from snapshotter.metastore import SnapshotID
+from snapshotter.trace import trace
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PARTS: Final = ("fs", "work")
@@ -76,13 +77,17 @@ class Directories:
         """Whole when it returns; may be done again. Raises OSError."""
         path = self.path(snapshot_id)
         path.mkdir(mode=0o700, exist_ok=True)
+        trace("directory.made")
         self.filled(snapshot_id).mkdir(exist_ok=True)
+        trace("directory.filled")
         self.filled(snapshot_id).chmod(0o755)  # whatever the umask: a container sees it as its root's mode
         self.work(snapshot_id).mkdir(mode=0o711, exist_ok=True)
+        trace("directory.whole")
 
     def own(self, snapshot_id: SnapshotID, user: int, group: int) -> None:
         """Give `filled` itself, which a container sees as its root directory, to its root. Raises OSError."""
         os.chown(self.filled(snapshot_id), user, group, follow_symlinks=False)
+        trace("directory.owned")
 
     def names(self) -> tuple[frozenset[str], frozenset[str]]:
         """(all that is there, what of it is whole)."""
@@ -99,7 +104,9 @@ class Directories:
             path = self._directory / name
             for entry in reversed(mounts.mounted_below(path)):
                 mounts.unmount(Path(entry.mount_point), lazily=True)
+                trace("directory.unmounted")
             remove_tree(path)
+            trace("directory.removed")
 
         await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -150,12 +157,15 @@ def remove_tree(path: Path) -> None:
                         number += 1
                         moved = f"{prefix}-{number}"
                         os.rename(entry.name, moved, src_dir_fd=directory, dst_dir_fd=top)
+                        trace("tree.moved")
                         todo.append(moved)
                     else:
                         os.unlink(entry.name, dir_fd=directory)
+                        trace("tree.unlinked")
             finally:
                 os.close(directory)
             os.rmdir(name, dir_fd=top)
+            trace("tree.removed")
     finally:
         os.close(top)
     os.rmdir(path)

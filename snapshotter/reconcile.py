@@ -16,6 +16,7 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState, Metastore, Snapshot, SnapshotID
+from snapshotter.trace import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,10 @@ async def apply(
     log = get_logger()
     for action in actions:
         log.info("reconcile", action=type(action).__name__, detail=str(action))
+        trace("reconcile.action")
         try:
             await _do(action, metastore, store, directories, activation, links)
+            trace("reconcile.done")
         except Exception as error:
             log.error("reconcile failed", action=str(action), error=f"{type(error).__name__}: {error}")
 
@@ -152,6 +155,7 @@ async def _do(
             await asyncio.to_thread(store.delete, diff_id, layer_format)
         case Quarantine(layer, _):
             await metastore.mark_broken([layer.id])
+            trace("reconcile.marked")
             await asyncio.to_thread(store.quarantine, layer.diff_id, layer.format)
         case DeleteSnapshotDirectory(name):
             await directories.remove(name)
