@@ -88,6 +88,7 @@ class Activation:
 
     def _mount(self, layer: Layer, point: Path) -> None:
         point.mkdir(mode=0o700, exist_ok=True)
+        trace("activation.made")
         try:
             self._mount_file(layer, point)
         except BaseException:
@@ -149,6 +150,7 @@ def _map(plain: Path, names: Collection[str], directory: Path, mapping: IDMappin
             for name in missing:
                 (directory / name).mkdir(mode=0o700, exist_ok=True)
                 idmap.mount_mapped(plain / name, directory / name, user_namespace_fd)
+                trace("activation.mapped")
 
 
 def _unmount_all(point: Path) -> None:
@@ -158,6 +160,7 @@ def _unmount_all(point: Path) -> None:
         trace("activation.unmounted")
     with suppress(OSError):
         point.rmdir()
+        trace("activation.released")
 
 
 def _is_id(name: str) -> bool:

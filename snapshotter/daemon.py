@@ -40,6 +40,7 @@ from snapshotter.repair import Repair
 from snapshotter.reserve import Reserve
 from snapshotter.service import DiffService, MaintenanceService, SnapshotsService
 from snapshotter.snapshots import Named, Snapshots
+from snapshotter.trace import trace
 from snapshotter.trash import Trash
 from verity.hasher import IMPLEMENTATION
 
@@ -139,7 +140,9 @@ async def opened(
     async with AsyncExitStack() as at_end:
         at_end.callback(os.close, open_root(root))
         check_root(root)
+        trace("boot.locked")
         bind()
+        trace("boot.bound")
         contracts = {name: CONTRACTS[chosen.contract] for name, chosen in settings.snapshotters.items()}
         unmounted = frozenset(name for name, contract in contracts.items() if contract.PLACE is not Place.MOUNTED)
         reserve = Reserve(root / "reserve")
@@ -147,6 +150,7 @@ async def opened(
             log.get_logger().warning("no room for the reserve, from which a full disk is tidied up")
         metastore = Metastore(root / FILE_NAME, unmounted=unmounted, reserve=reserve)
         at_end.push_async_callback(metastore.close)
+        trace("boot.opened")
         free_bytes = config.parse_size(settings.builds.free_space_reserve)
         trash = Trash(
             root,
@@ -160,9 +164,12 @@ async def opened(
         links = Links(settings.links(), metastore, store)
         for part in (store, directories, activation, links):
             part.prepare()
+            trace("boot.prepared")
         parts = Parts(metastore, store, directories, activation, links)
         if recover:
             await reconcile.apply(reconcile.plan(await inventory.take(parts)), parts)
+
+        trace("boot.reconciled")
 
         async def renew(layer: Layer) -> None:
             await links.renew(layer)
@@ -235,6 +242,7 @@ async def run(settings: Config) -> None:
                     snapshotter=name,
                 )
         await snapshots.resume()
+        trace("boot.resumed")
 
         inner = node.root / "grpc.sock"
         calls = Interceptor(settings.builds.timeout)

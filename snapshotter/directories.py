@@ -72,14 +72,17 @@ class Directories:
         """Whole when it returns; may be done again. Raises OSError."""
         path = self.path(snapshot_id)
         path.mkdir(mode=0o700, exist_ok=True)
-        trace("directories.begun")
+        trace("directory.made")
         self.filled(snapshot_id).mkdir(exist_ok=True)
+        trace("directory.filled")
         self.filled(snapshot_id).chmod(0o755)  # whatever the umask: a container sees it as its root's mode
         self.work(snapshot_id).mkdir(mode=0o711, exist_ok=True)
+        trace("directory.whole")
 
     def own(self, snapshot_id: SnapshotID, user: int, group: int) -> None:
         """Give `filled` itself, which a container sees as its root directory, to its root. Raises OSError."""
         os.chown(self.filled(snapshot_id), user, group, follow_symlinks=False)
+        trace("directory.owned")
 
     def names(self) -> tuple[frozenset[str], frozenset[str]]:
         """(all that is there, what of it is whole)."""
@@ -97,8 +100,9 @@ class Directories:
             path = self._directory / name
             for entry in reversed(mounts.mounted_below(path)):
                 mounts.unmount(Path(entry.mount_point), lazily=True)
-                trace("directories.unmounted")
+                trace("directory.unmounted")
             self._trash.put(path)
+            trace("directory.removed")
 
         await asyncio.to_thread(work)
 

@@ -25,6 +25,7 @@ from snapshotter.content import Blob, Caller, Content
 from snapshotter.errors import AlreadyExists, SnapshotterError, Unavailable
 from snapshotter.log import get_logger
 from snapshotter.tasks import to_the_end
+from snapshotter.trace import trace
 
 # The diff ID of a blob, for who does not have its image's config (containerd: pkg/labels).
 UNCOMPRESSED: Final = "containerd.io/uncompressed"
@@ -94,12 +95,14 @@ async def _ingest(stubs: _Stubs, archive: Archive, ref: str, labels: Mapping[str
         )
         try:
             record = await _write(call, archive)
+            trace("ingest.written")
             blob = Blob(record.blob_digest, record.blob_size_bytes, media_type)
             try:
                 await _commit(call, blob, {**labels, UNCOMPRESSED: record.diff_id})
             except AlreadyExists:
                 await stubs.take(blob)
                 await _label(stubs, blob, record.diff_id)
+            trace("ingest.committed")
             return blob
         except BaseException:
             call.cancel()

@@ -99,6 +99,7 @@ class LayerStore:
         def discard() -> None:
             with suppress(FileNotFoundError):
                 os.unlink(name)
+                trace("staged.discarded")
             for each in opened:
                 os.close(each)
             self._in_work.discard(os.path.basename(name))
@@ -124,15 +125,19 @@ class LayerStore:
         os.rename(staged.path, target)
         trace("publish.renamed")
         sync_directory(target.parent)
+        trace("publish.settled")
 
     def _publish_table(self, staged: Staged, target: Path) -> None:
         os.fsync(staged.table_fd)
+        trace("publish.table_synced")
         named = staged.path.with_suffix(".table")
         # Only with a descriptor does Python follow the link there; the path is absolute, it means nothing.
         os.link(f"/proc/self/fd/{staged.table_fd}", named, src_dir_fd=staged.table_fd)
+        trace("publish.table_linked")
         os.rename(named, target)
         trace("publish.table_renamed")
         sync_directory(target.parent)
+        trace("publish.table_settled")
 
     def contradiction(self, layer: Layer) -> str:
         """Why the file cannot be the layer that the row describes; "" where it can. Reads head and trailer, and every
@@ -242,7 +247,9 @@ class LayerStore:
             finally:
                 os.close(fd)
             target = self.sidecar_path(layer.diff_id, layer.format)
+            trace("sidecars.synced")
             os.rename(name, target)
+            trace("sidecars.renamed")
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(name)
@@ -305,7 +312,9 @@ class LayerStore:
             self.sidecar_path(diff_id, format), self.path(diff_id, format), self.table_path(diff_id, format),
         ):  # fmt: skip
             if self.trash.put(path):
+                trace("delete.unlinked")
                 sync_directory(path.parent)
+                trace("delete.settled")
 
 
 def _look(status: os.stat_result, layer: Layer) -> tuple[object, ...]:

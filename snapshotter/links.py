@@ -211,6 +211,7 @@ class Links:
                 # Never is a name without its file: a runtime may be about to open it.
                 aside.unlink(missing_ok=True)
                 os.link(source, aside)
+                trace("links.aside")
                 os.rename(aside, path)
         except FileNotFoundError as error:
             if source.exists():

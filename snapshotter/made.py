@@ -46,7 +46,9 @@ class Made:
                 self._builder.touch(found)
                 return found
             async with self._store.staged() as staged:
+                trace("made.staged")
                 built = await asyncio.to_thread(_build, staged, content, format)
+                trace("made.built")
                 return await to_the_end(self._publish(staged, built, started))
 
     async def _contradiction(self, layer: Layer) -> str:

@@ -261,13 +261,16 @@ class _Database:
         if version > len(_MIGRATIONS) or (read_only and version != len(_MIGRATIONS)):
             raise Internal(f"{path} has schema version {version}; this program knows {len(_MIGRATIONS)}")
         for number in range(version, len(_MIGRATIONS)):
+            trace("boot.migrating")
             self.connection.executescript(f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
 
     def transaction(self, work: Callable[[], _T]) -> _T:
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             result = work()
+            trace("transaction.ready")
             self.connection.execute("COMMIT")
+            trace("transaction.committed")
         except BaseException:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")

@@ -131,6 +131,7 @@ async def apply(actions: Sequence[Action], parts: Parts) -> list[tuple[Action, s
     failed = []
     for action in actions:
         log.info("reconcile", action=type(action).__name__, detail=str(action))
+        trace("reconcile.action")
         try:
             await _do(action, parts)
         except Exception as error:
@@ -150,6 +151,7 @@ async def _do(action: Action, parts: Parts) -> None:
             await asyncio.to_thread(store.delete, diff_id, layer_format)
         case Quarantine(layer, _):
             await metastore.mark_broken([layer.id])
+            trace("reconcile.marked")
             await asyncio.to_thread(store.quarantine, layer.diff_id, layer.format)
         case DeleteSnapshotDirectory(name):
             await directories.remove(name)

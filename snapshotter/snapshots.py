@@ -367,7 +367,9 @@ class Snapshots:
         try:
             if snapshot.has_directory:
                 await to_the_end(asyncio.to_thread(self._directories.make, snapshot.id))
-            return snapshot, await self._mounts(snapshot, new=True)
+            mounts = await self._mounts(snapshot, new=True)
+            trace("prepare.mounts")
+            return snapshot, mounts
         except BaseException:
             await to_the_end(self._undo(snapshot))
             raise
@@ -435,6 +437,7 @@ class Snapshots:
         """Of one that was not answered for. What fails here is for the next start."""
         try:
             await self._metastore.discard(snapshot.id)
+            trace("prepare.discarded")
             await self._leave(snapshot)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"

@@ -145,12 +145,15 @@ def remove_tree(path: Path, stop: threading.Event | None = None) -> None:
                         number += 1
                         moved = f"{prefix}-{number}"
                         os.rename(entry.name, moved, src_dir_fd=directory, dst_dir_fd=top)
+                        trace("tree.moved")
                         todo.append(moved)
                     else:
                         os.unlink(entry.name, dir_fd=directory)
+                        trace("tree.unlinked")
             finally:
                 os.close(directory)
             os.rmdir(name, dir_fd=top)
+            trace("tree.removed")
     finally:
         os.close(top)
     os.rmdir(path)
