@@ -45,7 +45,7 @@ def image_tars(salt: str) -> list[bytes]:
     """Four layers: the second adds to a directory of the first without an entry for it, so the chain from there on
     needs a parents layer; the third is gzip's; the last spans many blocks."""
     mark = salt.encode()
-    low = PX((b"SCHILY.xattr.user.low", b"1")) + D(b"a/", mode=0o2750, uid=7, gid=8) + D(b"plain/") + F(b"a/x", mark)
+    low = PX((b"SCHILY.xattr.user.low", mark)) + D(b"a/", mode=0o2750, uid=7, gid=8) + D(b"plain/") + F(b"a/x", mark)
     return [
         low + EOA,
         F(b"a/y", mark) + EOA,
@@ -71,10 +71,7 @@ class Control:
     def arm(self, point: str = "", number: int = 1) -> None:
         self.directory.mkdir(exist_ok=True)
         (self.directory / "passed").write_text("")
-        if point:
-            (self.directory / "kill").write_text(f"{point}:{number}")
-        else:
-            (self.directory / "kill").unlink(missing_ok=True)
+        (self.directory / "kill").write_text(f"{point}:{number}" if point else "")
 
     def passed(self) -> list[str]:
         return (self.directory / "passed").read_text().splitlines()
@@ -144,7 +141,10 @@ class Stage:
 
     def put(self, blob: bytes) -> types_pb2.Descriptor:
         digest = digest_of(blob)
-        (self.blobs / digest.removeprefix("sha256:")).write_bytes(blob)
+        # As containerd does: a blob is there or it is not.
+        part = self.blobs.with_name("part")
+        part.write_bytes(blob)
+        part.rename(self.blobs / digest.removeprefix("sha256:"))
         return types_pb2.Descriptor(digest=digest, size=len(blob))
 
     def blob(self, number: int) -> tuple[bytes, str]:
