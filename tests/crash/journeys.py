@@ -101,6 +101,7 @@ class Stage:
     committed: dict[str, str] = field(default_factory=dict)  # chain ID → name that was acknowledged
     active: dict[str, str] = field(default_factory=dict)  # what for → key
     removed: set[str] = field(default_factory=set)
+    becoming: dict[str, str] = field(default_factory=dict)  # key → the name that it is, or is not yet, committed as
     tars: list[bytes] = field(default_factory=list)
     salt: str = ""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -123,7 +124,7 @@ class Stage:
 
     def new_image(self, salt: str) -> None:
         self.salt, self.tars = salt, image_tars(salt)
-        self.committed, self.active, self.removed = {}, {}, set()
+        self.committed, self.active, self.removed, self.becoming = {}, {}, set(), {}
 
     def new_key(self, text: str) -> str:
         return f"default/{next(self._numbers)}/{text}"
@@ -270,8 +271,9 @@ class Stage:
 
     def commit_changes(self) -> None:
         if "changes" not in self.committed:
-            name = f"default/999/{self.salt} changes"
-            self.commit(name, self.active["container"])
+            key, name = self.active["container"], f"default/999/{self.salt} changes"
+            self.becoming[key] = name
+            self.commit(name, key)
             self.committed["changes"] = name
             self.active.pop("container")
 
@@ -296,19 +298,19 @@ class Stage:
     def collect(self) -> None:
         """Remove what was never acknowledged, children first."""
         parents = self.names()
-        known = {*self.committed.values(), *self.active.values()}
+        known = {*self.committed.values(), *self.active.values(), *self.becoming.values()}
         for name in sorted(parents.keys() - known, key=lambda name: _depth(parents, name), reverse=True):
             self.remove(name)
 
     def lost(self) -> list[str]:
-        """Of what was acknowledged, and of what was acknowledged to be removed."""
+        """Of what was acknowledged."""
         there = self.names()
         acknowledged = {*self.committed.values(), *self.active.values()}
-        return sorted(acknowledged - there.keys())
+        return sorted(name for name in acknowledged if name not in there and self.becoming.get(name) not in there)
 
     def clear(self) -> None:
         """Nothing of the run stays but layers in the cache."""
-        self.committed, self.active, self.removed = {}, {}, set()
+        self.committed, self.active, self.removed, self.becoming = {}, {}, set(), {}
         self.collect()
 
 
