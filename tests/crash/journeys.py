@@ -469,8 +469,10 @@ def _left_by_others(stage: Stage) -> None:
     (root / "snapshots/999999/fs/file").write_bytes(b"x")
     path = root / "layers/tar-index" / digest_of(extra).removeprefix("sha256:")
     path.write_bytes(path.read_bytes()[:-1])
-    path_of_parents = next((root / "layers/tar-index-parents").iterdir())
-    path_of_parents.unlink()
+    snapshots, layers = metastore.read(root / metastore.FILE_NAME)
+    (of_chain,) = {each.parents_layer_id for each in snapshots if each.name == stage.top}
+    (lost,) = [layer.diff_id.removeprefix("sha256:") for layer in layers if layer.id == of_chain]
+    (root / "layers/tar-index-parents" / lost).unlink()
     ids = {snapshot.name: snapshot.id for snapshot in stage.daemon.snapshots()}
     (root / "snapshots" / str(ids[stage.active["container"]]) / "work").rmdir()
     with contextlib.closing(sqlite3.connect(root / metastore.FILE_NAME, isolation_level=None)) as database:

@@ -20,6 +20,7 @@ import pytest
 
 from tests.crash import oracle
 from tests.crash.journeys import JOURNEYS, Journey, Stage, allocated_bytes, make_stage, until_dead
+from tests.crash.report import say
 from tests.harness import CHECKOUT, ProcessFailed
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs]
@@ -164,11 +165,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, Outcome]]:
         )
     points: set[str] = set().union(*(outcome.passed for outcome in made.values()))
     lines.append(f"{len(points)} points, {len(made)} journeys, {sum(each.kills for each in made.values())} kills")
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        for line in lines:
-            reporter.write_line(line)
+    say(request, *lines)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import pytest
 from blockdev.kernel.mounts import mounted_below
 from tests.crash import oracle
 from tests.crash.journeys import allocated_bytes
+from tests.crash.report import say
 from tests.harness import SNAPSHOTTER, Containerd, Daemon, ProcessFailed, host_state, releases, wait_for
 from tests.integration.conftest import Node, a_node
 from tests.integration.test_host_runs import Entry, base, directory, import_image, tar
@@ -134,14 +135,6 @@ def cycle(containerd: Containerd, reference: str, number: int, counts: Counts) -
         with contextlib.suppress(ProcessFailed):
             containerd.ctr("snapshots", "--snapshotter", SNAPSHOTTER, "rm", name)
         time.sleep(0.5)
-
-
-def say(request: pytest.FixtureRequest, *lines: str) -> None:
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        for line in lines:
-            reporter.write_line(line)
 
 
 def run_cycles(containerd: Containerd, reference: str, numbers: range, counts: Counts) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from tests.crash import oracle
 from tests.crash.journeys import JOURNEYS, Journey, Stage, make_stage
+from tests.crash.report import say
 from tests.crash.test_kill_matrix import begin
 from tests.faults.shim import Call, Shim, build
 from tests.harness import ProcessFailed
@@ -184,11 +185,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, Outcome]]:
     lines.append(", ".join(f"{code}: {number}" for code, number in codes.most_common()))
     lines += [f"until the next start: {what}" for outcome in made.values() for what in outcome.until_start]
     lines += [f"not reached: {what}" for outcome in made.values() for what in outcome.unreached]
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        for line in lines:
-            reporter.write_line(line)
+    say(request, *lines)
 
 
 @pytest.fixture(scope="module")
