@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from snapshotter.api.proto import diff_pb2
+from tests.conftest import in_every_run
 from tests.crash import oracle
 from tests.crash.journeys import JOURNEYS, OCI, Stage, allocated_bytes, chains_of, digest_of, make_stage
 from tests.golden.make_tars import EOA, F
@@ -125,6 +126,7 @@ def larger_than_the_disk() -> bytes:
     return bytes(F(b"large", bytes(_BYTES)) + EOA)
 
 
+@pytest.mark.soak
 def test_a_layer_that_does_not_fit(stage: Stage) -> None:
     """Met in the middle of the worker's writing."""
     text = exhausted(lambda: apply(stage, larger_than_the_disk()))
@@ -138,7 +140,12 @@ def test_a_layer_that_does_not_fit(stage: Stage) -> None:
     assert_space_comes_back(stage)
 
 
-@pytest.mark.parametrize("moment", ["at the beginning", "half way", "before the start", "before the commit of changes"])
+@pytest.mark.parametrize(
+    "moment",
+    in_every_run(
+        ["at the beginning", "half way", "before the start", "before the commit of changes"], "half way".__eq__
+    ),
+)
 def test_full(stage: Stage, moment: str) -> None:
     filler = Filler(stage.daemon.root)
     calls: list[Callable[[], object]] = [stage.pull]
@@ -186,6 +193,7 @@ def test_removals_make_room_on_a_full_disk(stage: Stage) -> None:
     assert stage.daemon.layers() == []
 
 
+@pytest.mark.soak
 def test_starts_on_a_full_disk_and_serves_what_is_there(stage: Stage) -> None:
     stage.pull()
     stage.start_container()
@@ -206,6 +214,7 @@ def test_starts_on_a_full_disk_and_serves_what_is_there(stage: Stage) -> None:
     assert_space_comes_back(stage)
 
 
+@pytest.mark.soak
 def test_few_descriptors(stage: Stage) -> None:
     """The limit is lowered while it runs, to what it has and a few more: calls that find none are refused in words."""
     process = stage.daemon.process
