@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from blockdev.errors import KernelError, LimitExceeded, SourceChanged, UnsupportedError
+from blockdev.errors import LimitExceeded, SourceChanged, UnsupportedError, kernel_error
 from blockdev.formats import tar_writer
 from blockdev.formats.limits import Limits
 from blockdev.formats.tar import Member, MemberType
@@ -142,7 +142,7 @@ class _Walk:
                 raise
             if error.errno in _GONE:
                 raise self._changed(path) from None
-            raise KernelError(f"cannot read {path[:200]!r}: {error.strerror}") from None
+            raise kernel_error(f"cannot read {path[:200]!r}: {error.strerror}", error.errno) from None
         self._write(tar_writer.END)
         return Changeset(self._entries, self._size, dict(sorted(self._left_out.items())))
 

@@ -8,10 +8,12 @@ BlockdevError
 ├── LimitExceeded        a configured bound; the message names it
 ├── DigestMismatch       bytes that do not have the digest or size they were asked for by
 ├── BuildFailed          a worker died, or the disk failed it
-│   └── NoSpace          the file system of the staged file is full
+│   ├── NoSpace          the file system of the staged file is full
+│   └── NoResources      no descriptor or no memory could be had for it
 ├── NotInLayer           a path that the layer does not have, or not as what was asked for
 ├── SourceChanged        a directory that was written to while it was read
 ├── KernelError          a system call refused
+│   └── KernelExhausted  for want of memory, descriptors, space, or of another number that has an end
 └── VmmError             a virtual machine monitor did not do what it was asked to
     ├── VmGone           nothing answers at its socket (any more), or it has no VM
     ├── VmmTimeout       no answer in time; what was asked for may still happen
@@ -23,6 +25,12 @@ BlockdevError
 """
 
 from __future__ import annotations
+
+import errno
+from typing import Final
+
+# Of a system call that may do the same later, when others have given something back.
+EXHAUSTED: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class BlockdevError(Exception):
@@ -61,6 +69,10 @@ class NoSpace(BuildFailed):
     pass
 
 
+class NoResources(BuildFailed):
+    pass
+
+
 class NotInLayer(BlockdevError):
     pass
 
@@ -70,6 +82,10 @@ class SourceChanged(BlockdevError):
 
 
 class KernelError(BlockdevError):
+    pass
+
+
+class KernelExhausted(KernelError):
     pass
 
 
@@ -103,3 +119,14 @@ class UnfitDisk(VmmError):
 
 class VmmRefused(VmmError):
     pass
+
+
+def kernel_error(message: str, number: int | None) -> KernelError:
+    """Of a call that ended with this error number."""
+    return (KernelExhausted if number in EXHAUSTED else KernelError)(message)
+
+
+def build_failed(message: str, error: OSError) -> BuildFailed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(message)
+    return (NoResources if error.errno in EXHAUSTED else BuildFailed)(message)

@@ -43,7 +43,13 @@ class Activation:
         self._lock = asyncio.Lock()
 
     def prepare(self) -> None:
+        """A mount point that a killed daemon had made, and nothing on it yet, goes. Raises OSError."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
+        with os.scandir(self._directory) as entries:
+            names = [entry.name for entry in entries]
+        for name in names:
+            with suppress(OSError):  # one that is mounted on is busy
+                (self._directory / name).rmdir()
 
     def layer_at(self, path: str) -> LayerID | None:
         """The layer whose mount point this path would be."""

@@ -21,8 +21,9 @@ from typing import Final
 import grpc
 import msgspec
 
+from blockdev.errors import EXHAUSTED
 from snapshotter.api.proto import content_pb2, content_pb2_grpc
-from snapshotter.errors import InvalidArgument, NotFound, SnapshotterError, Unavailable
+from snapshotter.errors import InvalidArgument, NotFound, SnapshotterError, Unavailable, translate
 from snapshotter.names import ChainID, chain_id, is_digest, namespace_of
 
 # containerd's own bound for what it reads whole (core/images: "manifest too large").
@@ -120,13 +121,17 @@ class ChainIndex:
         self._as_of_ns = -1  # the directory's own time, as far as that says that nothing has come or gone since
 
     def refresh(self) -> None:
-        """Costs one stat(2) while nothing changes: who waits for a blob asks again and again."""
+        """Costs one stat(2) while nothing changes: who waits for a blob asks again and again. Raises OSError for want
+        of descriptors or memory; what it could not look into for that, it looks into the next time."""
+        as_of_ns = self._as_of_ns
+        self._as_of_ns = -1
         with suppress(FileNotFoundError):
             changed_ns = os.stat(self._blobs).st_mtime_ns
-            if changed_ns == self._as_of_ns:
+            if changed_ns == as_of_ns:
+                self._as_of_ns = as_of_ns
                 return
             # What comes within a tick of the clock leaves no other trace.
-            self._as_of_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
+            as_of_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
         try:
             with os.scandir(self._blobs) as entries:
                 names = {entry.name for entry in entries}
@@ -142,7 +147,8 @@ class ChainIndex:
             document = _parse(text) if text is not None else None
             if document is not None:
                 self._add(name, document)
-        self._seen = names
+            self._seen.add(name)
+        self._as_of_ns = as_of_ns
 
     def blobs(self, chain: ChainID) -> tuple[Blob, ...]:
         claimed = self._chains.get(chain)
@@ -154,7 +160,8 @@ class ChainIndex:
         return claimed.diff_id if claimed else None
 
     def _read(self, name: str) -> bytes | None:
-        with suppress(OSError):
+        """None for what is no document. Raises OSError where it may yet be one."""
+        try:
             fd = os.open(self._blobs / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 status = os.fstat(fd)
@@ -164,6 +171,9 @@ class ChainIndex:
                         return os.pread(fd, DOCUMENT_BYTES_MAX, 0)
             finally:
                 os.close(fd)
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
         return None
 
     def _add(self, name: str, document: _Claim | tuple[str, ...]) -> None:
@@ -290,9 +300,13 @@ class Content:
 
     async def candidates(self, chain: ChainID) -> tuple[str | None, tuple[Blob, ...]]:
         """The diff ID of the layer that completes the chain, where some image has it; and complete blobs that images
-        claim for it, in the order in which they were seen: which of them is that layer, a build finds out."""
+        claim for it, in the order in which they were seen: which of them is that layer, a build finds out. Raises
+        ResourceExhausted."""
         async with self._refreshing:
-            await asyncio.to_thread(self._index.refresh)
+            try:
+                await asyncio.to_thread(self._index.refresh)
+            except OSError as error:
+                raise translate(error) from None
         complete = tuple(blob for blob in self._index.blobs(chain) if self._size(blob) == blob.size_bytes)
         return self._index.diff_id(chain), complete
 
@@ -320,11 +334,13 @@ class Content:
     async def open(self, blob: Blob, caller: Caller) -> AsyncIterator[int]:
         """A descriptor that gives the blob's bytes in order: of the file, else of a pipe from the content API.
 
-        Raises NotFound or Unavailable, at the end too: a stream that broke off explains what its reader saw.
+        Raises NotFound or Unavailable, at the end too: a stream that broke off explains what its reader saw; OSError.
         """
         try:
             fd = os.open(self._path(blob.digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
             if not self._address:
                 raise NotFound(f"blob {blob.digest} is not in {self._blobs}") from None
             async with self._stream(blob, caller) as fd:

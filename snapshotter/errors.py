@@ -83,6 +83,8 @@ _KINDS: Final[tuple[tuple[type[blockdev.BlockdevError], type[SnapshotterError]],
     (blockdev.SourceChanged, FailedPrecondition),
     (blockdev.LimitExceeded, OverLimit),
     (blockdev.NoSpace, ResourceExhausted),
+    (blockdev.NoResources, ResourceExhausted),
+    (blockdev.KernelExhausted, ResourceExhausted),
 )
 
 
@@ -95,6 +97,8 @@ def translate(error: Exception) -> SnapshotterError:
         return kind(str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceExhausted(f"no space left: {error}")
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in blockdev.EXHAUSTED):
+        return ResourceExhausted(f"{type(error).__name__}: {error}")
     return Internal(f"{type(error).__name__}: {error}")
 
 

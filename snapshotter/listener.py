@@ -119,8 +119,16 @@ class Listener:
 
     async def _relay(self, outer: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        with outer, inner:
+        with outer:
+            try:
+                inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            except OSError as error:  # out of descriptors: who called learns it now, not at his deadline
+                self._log.error("connection refused", error=str(error))
+                return
+            await self._between(loop, outer, inner)
+
+    async def _between(self, loop: asyncio.AbstractEventLoop, outer: socket.socket, inner: socket.socket) -> None:
+        with inner:
             ways: list[asyncio.Task[None]] = []
             try:
                 await loop.sock_connect(inner, str(self._inner))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
 
+from blockdev.errors import EXHAUSTED
 from blockdev.workers.launch import BuildRecord, LayerRecord
 from snapshotter.errors import (
     AlreadyExists,
@@ -41,6 +44,7 @@ SnapshotID = NewType("SnapshotID", int)
 LayerID = NewType("LayerID", int)
 
 _BATCH_ROWS: Final = 256
+_PROBE_BYTES: Final = 64 << 10
 # SQLite takes at least 999 values in a statement (sqlite.org/limits.html).
 _VALUES_MAX: Final = 100
 
@@ -231,9 +235,21 @@ def _kept(labels: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in labels.items() if value}
 
 
-def _translated(error: sqlite3.Error, where: str) -> SnapshotterError:
-    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+def _translated(error: sqlite3.Error, where: str, directory: Path) -> SnapshotterError:
+    """`directory`: that of the database."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code == sqlite3.SQLITE_FULL:
         return ResourceExhausted(f"{where}: {error}")
+    if code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+        # SQLite knows the system's error, and Python does not ask it: what else is written there now meets the same.
+        try:
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(_PROBE_BYTES))
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as reason:
+            if reason.errno in EXHAUSTED:
+                return ResourceExhausted(f"{where}: {error}: {reason.strerror}")
     return Internal(f"{where}: {error}")
 
 
@@ -619,7 +635,7 @@ class Metastore:
         try:
             self._database = self._thread.submit(_Database, path, read_only=False).result()
         except sqlite3.Error as error:
-            raise _translated(error, str(path)) from error
+            raise _translated(error, str(path), path.parent) from error
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._database.connection.close)
@@ -641,7 +657,7 @@ class Metastore:
             try:
                 return self._database.transaction(lambda: work(self._database, *arguments, **named))
             except sqlite3.Error as error:
-                raise _translated(error, "metadata") from error
+                raise _translated(error, "metadata", self._path.parent) from error
 
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, call))
 
@@ -678,7 +694,7 @@ class Metastore:
                 while (batch := await to_the_end(asyncio.to_thread(next, batches, None))) is not None:
                     yield batch
             except sqlite3.Error as error:
-                raise _translated(error, "metadata") from error
+                raise _translated(error, "metadata", self._path.parent) from error
 
     async def create(
         self, snapshotter: str, key: str, parent: str, kind: Kind, labels: Mapping[str, str], *, extraction: bool
@@ -802,4 +818,4 @@ def read(path: Path) -> tuple[list[Snapshot], list[Layer]]:
         finally:
             database.connection.close()
     except sqlite3.Error as error:
-        raise _translated(error, str(path)) from None
+        raise _translated(error, str(path), path.parent) from None

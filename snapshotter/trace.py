@@ -4,7 +4,7 @@
 TARDEV_TRACE_KILL="point[:n]" ends the process by SIGKILL when it comes by for the n-th time;
 TARDEV_TRACE_PAUSE="point=path" makes it wait there until the path exists. TARDEV_TRACE_CONTROL is a
 directory: every point is appended, a line each, to the file `passed` in it, and the file `kill` there
-says "point:n" of those lines, while the process runs. All unset: a no-op.
+says "point:n" of those lines, or nothing, while the process runs. All unset: a no-op.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from typing import Final
 
 _KILL: Final = os.environ.get("TARDEV_TRACE_KILL", "")
@@ -22,6 +21,10 @@ _PAUSE: Final = os.environ.get("TARDEV_TRACE_PAUSE", "")
 _CONTROL: Final = os.environ.get("TARDEV_TRACE_CONTROL", "")
 _seen: Counter[str] = Counter()
 _lock = threading.Lock()  # points are passed by several threads
+if _CONTROL:
+    # Opened once: where descriptors are short, passing a point is no error.
+    _passed = os.open(f"{_CONTROL}/passed", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _kill = os.open(f"{_CONTROL}/kill", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def trace(point: str) -> None:
@@ -40,11 +43,9 @@ def trace(point: str) -> None:
 
 
 def _obey(point: str) -> None:
-    with _lock, open(f"{_CONTROL}/passed", "a+") as passed:
-        passed.write(f"{point}\n")
-        passed.seek(0)
-        lines = passed.read().splitlines()
-        with suppress(FileNotFoundError), open(f"{_CONTROL}/kill") as kill:
-            name, _, count = kill.read().strip().partition(":")
-            if name == point and lines.count(point) == int(count):
-                os.kill(os.getpid(), signal.SIGKILL)
+    with _lock:
+        os.write(_passed, f"{point}\n".encode())
+        passed = os.pread(_passed, os.fstat(_passed).st_size, 0).decode().splitlines()
+        name, _, count = os.pread(_kill, 100, 0).decode().partition(":")
+        if name == point and passed.count(point) == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from blockdev.errors import KernelError
+from blockdev.errors import kernel_error
 from blockdev.kernel import tree
 
 # The number of every architecture (Linux: include/uapi/asm-generic/unistd.h).
@@ -46,19 +46,21 @@ def user_namespace(uid_map: str, gid_map: str) -> Iterator[int]:
             [sys.executable, "-I", "-S", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env={}
         )
     except OSError as error:
-        raise KernelError(f"user namespace: no process for it: {error}") from None
+        raise kernel_error(f"user namespace: no process for it: {error}", error.errno) from None
     assert child.stdin is not None
     assert child.stdout is not None
     try:
         if not child.stdout.read(1):
-            raise KernelError(f"user namespace: {os.strerror(child.wait(_CHILD_SECONDS))}")
+            number = child.wait(_CHILD_SECONDS)
+            raise kernel_error(f"user namespace: {os.strerror(number)}", number)
         try:
             for name, text in (("uid_map", uid_map), ("gid_map", gid_map)):
                 with open(f"/proc/{child.pid}/{name}", "wb", buffering=0) as file:
                     file.write(text.encode("ascii"))
             fd = os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise KernelError(f"user namespace with the maps {uid_map!r} and {gid_map!r}: {error}") from None
+            what = f"user namespace with the maps {uid_map!r} and {gid_map!r}: {error}"
+            raise kernel_error(what, error.errno) from None
     finally:
         child.stdin.close()
         child.stdout.close()
@@ -76,7 +78,7 @@ def mount_mapped(source: Path, target: Path, user_namespace_fd: int) -> None:
     try:
         tree.move(mapped, target)
     except OSError as error:
-        raise KernelError(f"{source} with mapped IDs at {target}: {error.strerror}") from None
+        raise kernel_error(f"{source} with mapped IDs at {target}: {error.strerror}", error.errno) from None
     finally:
         os.close(mapped)
 
@@ -99,4 +101,4 @@ def mapped_tree(source: Path, user_namespace_fd: int) -> int:
     except OSError as error:
         unable = error.errno in (errno.EINVAL, errno.ENOSYS)
         hint = "; this kernel may be too old to map the IDs of such a mount" if unable else ""
-        raise KernelError(f"{source} with mapped IDs: {error.strerror}{hint}") from None
+        raise kernel_error(f"{source} with mapped IDs: {error.strerror}{hint}", error.errno) from None

@@ -9,7 +9,7 @@ import os
 import struct
 from typing import Final
 
-from blockdev.errors import KernelError
+from blockdev.errors import KernelExhausted, kernel_error
 
 _LOOP_CTL_GET_FREE: Final = 0x4C82
 _LOOP_CONFIGURE: Final = 0x4C0A
@@ -30,7 +30,7 @@ def attach_read_only(file_fd: int, block_bytes: int) -> int:
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelError(f"no loop devices: {error}") from None
+        raise kernel_error(f"no loop devices: {error}", error.errno) from None
     try:
         for _ in range(_ATTEMPTS):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
@@ -44,7 +44,7 @@ def attach_read_only(file_fd: int, block_bytes: int) -> int:
             else:
                 return device
     except OSError as error:
-        raise KernelError(f"loop device could not be set up: {error}") from None
+        raise kernel_error(f"loop device could not be set up: {error}", error.errno) from None
     finally:
         os.close(control)
-    raise KernelError(f"no free loop device in {_ATTEMPTS} attempts")
+    raise KernelExhausted(f"no free loop device in {_ATTEMPTS} attempts")

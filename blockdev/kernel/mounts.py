@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from blockdev.errors import KernelError
+from blockdev.errors import KernelError, kernel_error
 from blockdev.kernel import loop
 
 # Linux: include/uapi/linux/mount.h
@@ -68,7 +68,7 @@ def mounted_below(directory: Path) -> list[MountEntry]:
     try:
         table = Path("/proc/self/mountinfo").read_bytes()
     except OSError as error:
-        raise KernelError(f"cannot read mountinfo: {error}") from None
+        raise kernel_error(f"cannot read mountinfo: {error}", error.errno) from None
     if named not in table:
         return []
     text = os.fsdecode(b"\n".join(line for line in table.split(b"\n") if named in line))
@@ -91,7 +91,7 @@ def mounted_at(directory: Path, names: Iterable[str]) -> set[str]:
     except FileNotFoundError:
         return set()
     except OSError as error:
-        raise KernelError(f"cannot look for mounts in {directory}: {error}") from None
+        raise kernel_error(f"cannot look for mounts in {directory}: {error}", error.errno) from None
     return found
 
 
@@ -122,7 +122,7 @@ def mount_erofs(file: Path, target: Path, block_bytes: int, *, file_backed: bool
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelError(f"cannot open {file}: {error}") from None
+        raise kernel_error(f"cannot open {file}: {error}", error.errno) from None
     try:
         device = loop.attach_read_only(fd, block_bytes)
     finally:
@@ -143,7 +143,7 @@ def mount_tar(index_fd: int, tar: Path, target: Path) -> None:
     try:
         tar_fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelError(f"cannot open {tar}: {error}") from None
+        raise kernel_error(f"cannot open {tar}: {error}", error.errno) from None
     opened = [tar_fd]
     try:
         opened += [loop.attach_read_only(fd, _TAR_BLOCK_BYTES) for fd in (tar_fd, index_fd)]
@@ -164,7 +164,7 @@ def _mount(source: str, target: Path, fs_type: str, flags: int, data: str = "") 
 
 
 def _mount_error(source: str, target: Path, number: int) -> KernelError:
-    return KernelError(f"mount of {source} at {target} as EROFS: {os.strerror(number)}")
+    return kernel_error(f"mount of {source} at {target} as EROFS: {os.strerror(number)}", number)
 
 
 def unmount(target: Path, *, lazily: bool = False) -> bool:
@@ -173,6 +173,6 @@ def unmount(target: Path, *, lazily: bool = False) -> bool:
     if _libc.umount2(os.fsencode(target), flags):
         number = ctypes.get_errno()
         if number not in (errno.EINVAL, errno.ENOENT):
-            raise KernelError(f"umount of {target}: {os.strerror(number)}")
+            raise kernel_error(f"umount of {target}: {os.strerror(number)}", number)
         return False
     return True

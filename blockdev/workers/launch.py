@@ -22,6 +22,7 @@ from blockdev.errors import (
     LimitExceeded,
     NoSpace,
     UnsupportedError,
+    build_failed,
 )
 from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.layer_file import layer_format_named
@@ -262,7 +263,7 @@ async def start(program: str, *arguments: str, **options: Any) -> asyncio.subpro
             env=_ENVIRONMENT, cwd="/", start_new_session=True, **options,
         )  # fmt: skip
     except OSError as error:
-        raise BuildFailed(f"a build process could not be started: {error}") from None
+        raise build_failed(f"a build process could not be started: {error}", error) from None
 
 
 def _ring(ends: ExitStack, pieces: int) -> tuple[RingEnd, RingEnd]:
@@ -270,4 +271,4 @@ def _ring(ends: ExitStack, pieces: int) -> tuple[RingEnd, RingEnd]:
     try:
         return make_ring(ends, slots=pieces, slot_bytes=protocol.PIECE_BYTES)
     except OSError as error:
-        raise BuildFailed(f"no memory or descriptors for a build: {error}") from None
+        raise build_failed(f"no memory or descriptors for a build: {error}", error) from None

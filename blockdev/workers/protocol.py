@@ -26,8 +26,10 @@ _KINDS: Final = {
         errors.LimitExceeded,
         errors.DigestMismatch,
         errors.NoSpace,
+        errors.NoResources,
         errors.SourceChanged,
         errors.KernelError,
+        errors.KernelExhausted,
         errors.CutShort,
         errors.BuildFailed,
     )
@@ -46,8 +48,7 @@ def usage(status_fd: int) -> dict[str, float | int]:
 
 def encode_error(error: BaseException) -> dict[str, str]:
     if isinstance(error, OSError) and not isinstance(error, errors.BlockdevError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind: type[errors.BlockdevError] = errors.NoSpace if full else errors.BuildFailed
+        kind: type[errors.BlockdevError] = type(errors.build_failed("", error))
     else:
         kind = next((k for k in _KINDS.values() if type(error) is k), errors.BuildFailed)
     text = str(error) if isinstance(error, errors.BlockdevError) else f"{type(error).__name__}: {error}"

@@ -45,7 +45,7 @@ def image_tars(salt: str) -> list[bytes]:
     """Four layers: the second adds to a directory of the first without an entry for it, so the chain from there on
     needs a parents layer; the third is gzip's; the last spans many blocks."""
     mark = salt.encode()
-    low = PX((b"SCHILY.xattr.user.low", b"1")) + D(b"a/", mode=0o2750, uid=7, gid=8) + D(b"plain/") + F(b"a/x", mark)
+    low = PX((b"SCHILY.xattr.user.low", mark)) + D(b"a/", mode=0o2750, uid=7, gid=8) + D(b"plain/") + F(b"a/x", mark)
     return [
         low + EOA,
         F(b"a/y", mark) + EOA,
@@ -71,10 +71,7 @@ class Control:
     def arm(self, point: str = "", number: int = 1) -> None:
         self.directory.mkdir(exist_ok=True)
         (self.directory / "passed").write_text("")
-        if point:
-            (self.directory / "kill").write_text(f"{point}:{number}")
-        else:
-            (self.directory / "kill").unlink(missing_ok=True)
+        (self.directory / "kill").write_text(f"{point}:{number}" if point else "")
 
     def passed(self) -> list[str]:
         return (self.directory / "passed").read_text().splitlines()
@@ -104,6 +101,7 @@ class Stage:
     committed: dict[str, str] = field(default_factory=dict)  # chain ID → name that was acknowledged
     active: dict[str, str] = field(default_factory=dict)  # what for → key
     removed: set[str] = field(default_factory=set)
+    becoming: dict[str, str] = field(default_factory=dict)  # key → the name that it is, or is not yet, committed as
     tars: list[bytes] = field(default_factory=list)
     salt: str = ""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -126,7 +124,7 @@ class Stage:
 
     def new_image(self, salt: str) -> None:
         self.salt, self.tars = salt, image_tars(salt)
-        self.committed, self.active, self.removed = {}, {}, set()
+        self.committed, self.active, self.removed, self.becoming = {}, {}, set(), {}
 
     def new_key(self, text: str) -> str:
         return f"default/{next(self._numbers)}/{text}"
@@ -144,7 +142,10 @@ class Stage:
 
     def put(self, blob: bytes) -> types_pb2.Descriptor:
         digest = digest_of(blob)
-        (self.blobs / digest.removeprefix("sha256:")).write_bytes(blob)
+        # As containerd does: a blob is there or it is not.
+        part = self.blobs.with_name("part")
+        part.write_bytes(blob)
+        part.rename(self.blobs / digest.removeprefix("sha256:"))
         return types_pb2.Descriptor(digest=digest, size=len(blob))
 
     def blob(self, number: int) -> tuple[bytes, str]:
@@ -270,8 +271,9 @@ class Stage:
 
     def commit_changes(self) -> None:
         if "changes" not in self.committed:
-            name = f"default/999/{self.salt} changes"
-            self.commit(name, self.active["container"])
+            key, name = self.active["container"], f"default/999/{self.salt} changes"
+            self.becoming[key] = name
+            self.commit(name, key)
             self.committed["changes"] = name
             self.active.pop("container")
 
@@ -296,19 +298,19 @@ class Stage:
     def collect(self) -> None:
         """Remove what was never acknowledged, children first."""
         parents = self.names()
-        known = {*self.committed.values(), *self.active.values()}
+        known = {*self.committed.values(), *self.active.values(), *self.becoming.values()}
         for name in sorted(parents.keys() - known, key=lambda name: _depth(parents, name), reverse=True):
             self.remove(name)
 
     def lost(self) -> list[str]:
-        """Of what was acknowledged, and of what was acknowledged to be removed."""
+        """Of what was acknowledged."""
         there = self.names()
         acknowledged = {*self.committed.values(), *self.active.values()}
-        return sorted(acknowledged - there.keys())
+        return sorted(name for name in acknowledged if name not in there and self.becoming.get(name) not in there)
 
     def clear(self) -> None:
         """Nothing of the run stays but layers in the cache."""
-        self.committed, self.active, self.removed = {}, {}, set()
+        self.committed, self.active, self.removed, self.becoming = {}, {}, set(), {}
         self.collect()
 
 
@@ -467,8 +469,10 @@ def _left_by_others(stage: Stage) -> None:
     (root / "snapshots/999999/fs/file").write_bytes(b"x")
     path = root / "layers/tar-index" / digest_of(extra).removeprefix("sha256:")
     path.write_bytes(path.read_bytes()[:-1])
-    path_of_parents = next((root / "layers/tar-index-parents").iterdir())
-    path_of_parents.unlink()
+    snapshots, layers = metastore.read(root / metastore.FILE_NAME)
+    (of_chain,) = {each.parents_layer_id for each in snapshots if each.name == stage.top}
+    (lost,) = [layer.diff_id.removeprefix("sha256:") for layer in layers if layer.id == of_chain]
+    (root / "layers/tar-index-parents" / lost).unlink()
     ids = {snapshot.name: snapshot.id for snapshot in stage.daemon.snapshots()}
     (root / "snapshots" / str(ids[stage.active["container"]]) / "work").rmdir()
     with contextlib.closing(sqlite3.connect(root / metastore.FILE_NAME, isolation_level=None)) as database:

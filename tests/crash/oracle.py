@@ -76,10 +76,10 @@ def unsound(daemon: Daemon, layer: Layer) -> str:
     return ""
 
 
-def leftovers(daemon: Daemon, *, quarantined: bool = False) -> list[str]:
+def leftovers(daemon: Daemon, *, quarantined: bool = False, seconds: float = _SETTLE_SECONDS) -> list[str]:
     """Differences between the rows and all else, once what goes on behind the replies has ended. `quarantined`: files
     that were put aside are none."""
-    deadline = time.monotonic() + _SETTLE_SECONDS
+    deadline = time.monotonic() + seconds
     pause = 0.01
     while found := _leftovers(daemon, quarantined=quarantined):
         if time.monotonic() > deadline:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -347,6 +348,27 @@ def test_what_is_gone_from_the_store_is_gone_from_the_index(store: Store) -> Non
 
 
 @pytest.mark.timeout(1)
+@pytest.mark.parametrize("call", ["open", "scandir"])
+def test_what_could_not_be_read_for_want_of_descriptors_is_read_the_next_time(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store.image(IDS, LAYERS)
+    old = time.time_ns() - 10**10
+    os.utime(store.blobs, ns=(old, old))  # nothing else says that there is more to read
+    real = getattr(os, call)
+    times = iter([False, True] if call == "open" else [True])
+
+    def fails(*arguments: Any, **named: Any) -> Any:
+        if next(times, False):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(OSError, match="Too many"):
+        store.index.refresh()
+    assert len(store.candidates(IDS)) == 1
+
+
 def test_a_fifo_among_the_blobs_holds_nobody_up(store: Store) -> None:
     os.mkfifo(store.blobs / ("f" * 64))
     store.image(IDS, LAYERS)

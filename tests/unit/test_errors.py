@@ -98,6 +98,8 @@ def test_every_kind_has_the_code_that_containerd_knows_it_by(kind: type[Snapshot
         (blockdev.UnsupportedError("x"), errors.InvalidArgument),
         (blockdev.LimitExceeded("x"), errors.OverLimit),
         (blockdev.NoSpace("x"), errors.ResourceExhausted),
+        (blockdev.NoResources("x"), errors.ResourceExhausted),
+        (blockdev.KernelExhausted("x"), errors.ResourceExhausted),
         (blockdev.BuildFailed("x"), errors.Internal),
         (blockdev.KernelError("x"), errors.Internal),
         (blockdev.BlockdevError("x"), errors.Internal),
@@ -118,6 +120,14 @@ def test_every_error_of_layers_has_a_translation() -> None:
         kinds += kind.__subclasses__()
         error = kind("words")
         assert "words" in str(translate(error))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_others_may_give_back_is_resource_exhausted(number: int) -> None:
+    assert type(translate(OSError(number, "none left"))) is errors.ResourceExhausted
+    assert type(translate(blockdev.kernel_error("mount", number))) is errors.ResourceExhausted
+    assert type(translate(blockdev.build_failed("start", OSError(number, "none left")))) is errors.ResourceExhausted
+    assert type(translate(MemoryError())) is errors.ResourceExhausted
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
