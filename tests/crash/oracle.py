@@ -27,7 +27,7 @@ from verity.verify import verify_all
 
 # Of a root, but for links directories of other names.
 _OWN: Final = {
-    "lock", "metadata.db", "metadata.db-wal", "metadata.db-shm", "grpc.sock",
+    "lock", "metadata.db", "metadata.db-wal", "metadata.db-shm", "grpc.sock", "reserve",
     "staging", "layers", "tables", "snapshots", "m", "quarantine", "trash", "links",
 }  # fmt: skip
 _SETTLE_SECONDS: Final = 20.0
@@ -103,7 +103,7 @@ def _leftovers(daemon: Daemon, *, quarantined: bool) -> list[str]:
         *_difference(
             "snapshot directory", {str(each.id) for each in snapshots if each.has_directory}, _names(root / "snapshots")
         ),
-        *_mounts(root, snapshots),
+        *_mounts(root, snapshots, 2 if quarantined else 1),
         *_processes(daemon),
     ]
 
@@ -150,8 +150,9 @@ def _links(root: Path, snapshots: Iterable[Snapshot]) -> Iterator[str]:
     yield from _difference("link", wanted, found)
 
 
-def _mounts(root: Path, snapshots: Iterable[Snapshot]) -> Iterator[str]:
-    """Of the host contract: what containers stand on is mounted once, and nothing else is. A container whose mounts
+def _mounts(root: Path, snapshots: Iterable[Snapshot], times: int) -> Iterator[str]:
+    """Of the host contract: what containers stand on is mounted once, or as often as it got a new file, and nothing
+    else is. A container whose mounts
     nobody has asked for since they were lost has none, so `missing` is said only of mount points."""
     by_id = {snapshot.id: snapshot for snapshot in snapshots}
     wanted: set[str] = set()
@@ -167,7 +168,7 @@ def _mounts(root: Path, snapshots: Iterable[Snapshot]) -> Iterator[str]:
             above = by_id.get(above.parent_id) if above.parent_id else None
     points = [Path(entry.mount_point) for entry in mounted_below(root)]
     shared = [point.name for point in points if point.parent == root / "m"]
-    yield from (f"mounted {shared.count(name)} times: m/{name}" for name in set(shared) if shared.count(name) > 1)
+    yield from (f"mounted {shared.count(name)} times: m/{name}" for name in set(shared) if shared.count(name) > times)
     yield from (f"mounted for nobody: m/{name}" for name in set(shared) - wanted)
     yield from (f"mount point without a mount: m/{name}" for name in set(_names(root / "m")) - set(shared))
     directories = {str(each.id) for each in snapshots if each.has_directory}

@@ -27,23 +27,25 @@ pytestmark = [pytest.mark.root, pytest.mark.erofs]
 
 # What the journeys pass, which the long run holds them to: a point that is new goes here, and into a journey.
 PASSED = {
-    "activation": "made mapped mounted released unmounted",
+    "activation": "made mapped mounted released renewed unmounted",
     "apply": "built recorded",
     "boot": "bound locked opened prepared reconciled resumed",
     "build": "built published recorded staged",
     "commit": "checked committed",
     "delete": "settled unlinked",
     "directory": "filled made owned removed unmounted whole",
-    "links": "aside made made_again removed renewed",
+    "links": "aside made made_again removed renewed stray_removed",
     "made": "built published staged",
     "prepare": "created discarded mounts",
     "publish": "in_transaction renamed settled staged synced table_linked table_renamed table_settled table_synced",
+    "quarantine": "renamed",
     "reconcile": "action done marked",
     "remove": "begun removed",
     "sidecars": "renamed synced written",
     "staged": "discarded",
     "sweep": "deleted",
     "transaction": "committed ready",
+    "trash": "put removed",
     "tree": "moved removed unlinked",
 }
 # What only a containerd leads to: tests/integration/test_crash.py.
