@@ -82,6 +82,7 @@ async def _tidy_now_and_then(node: Node) -> None:
         await asyncio.sleep(_TIDY_SECONDS)
         try:
             await node.collector.collect()
+            await node.fsck.tidy()
             await asyncio.to_thread(node.reserve.keep)
         except Exception as error:
             log.get_logger().error("collection failed", error=str(error))

@@ -86,6 +86,10 @@ class Fsck:
             done += layer.file_size_bytes
             yield Checked(done, total)
 
+    async def tidy(self) -> None:
+        """What a start would mend, while it serves. Raises OSError, KernelError, Internal."""
+        await self._left_over(repair=True)
+
     async def scrub(self, interval_seconds: float, bytes_per_second: int) -> None:
         """For ever: every block of every layer once in so much time, at so many bytes a second at the most. What is
         wrong is repaired, or logged and not handed out any more."""
