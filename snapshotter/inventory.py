@@ -70,9 +70,11 @@ async def take(parts: Parts) -> Inventory:
         bad_sidecars = []
         for layer in layers:
             if layer.state is LayerState.READY:
+                wrong = None
                 try:
                     why = store.contradiction(layer)
-                    wrong = store.sidecar_contradiction(layer)
+                    if not why:
+                        wrong = store.sidecar_contradiction(layer)
                 except OSError as error:
                     get_logger().error("a layer file cannot be looked at", diff_id=layer.diff_id, error=str(error))
                     continue

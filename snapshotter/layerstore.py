@@ -78,13 +78,14 @@ class LayerStore:
         sync_directory(self.root)
 
     def path(self, diff_id: str, format: str) -> Path:
-        return self._layers / format / diff_id.removeprefix("sha256:")
+        """Raises FormatError for what only a spoilt row names."""
+        return _place(self._layers, diff_id, format)
 
     def sidecar_path(self, diff_id: str, format: str) -> Path:
         return kata_erofs.sidecar_path(self.path(diff_id, format))
 
     def table_path(self, diff_id: str, format: str) -> Path:
-        return self._tables / format / diff_id.removeprefix("sha256:")
+        return _place(self._tables, diff_id, format)
 
     @asynccontextmanager
     async def staged(self) -> AsyncIterator[Staged]:
@@ -148,7 +149,10 @@ class LayerStore:
         """
         if layer.state is LayerState.BROKEN:
             return "was found broken"
-        path = self.path(layer.diff_id, layer.format)
+        try:
+            path = self.path(layer.diff_id, layer.format)
+        except FormatError as error:
+            return str(error)
         try:
             status = path.lstat()
             if self._sound.get(path) == _look(status, layer):
@@ -171,6 +175,8 @@ class LayerStore:
             return self._contradiction(self.path(layer.diff_id, layer.format), layer) or self._bad_block(layer, pace)
         except FileNotFoundError as error:
             return error.strerror or str(error)
+        except FormatError as error:
+            return str(error)
 
     def _bad_block(self, layer: Layer, pace: Pace | None = None) -> str:
         """The first block that does not have its digest; "" where all have. Geometry and root hash are the row's, so
@@ -283,6 +289,10 @@ class LayerStore:
 
     def quarantine(self, diff_id: str, format: str) -> None:
         """Out of the way, for somebody to look at."""
+        try:
+            self.path(diff_id, format)
+        except FormatError:
+            return
         self._quarantine.mkdir(mode=0o700, exist_ok=True)
         for path in (self.sidecar_path(diff_id, format), self.table_path(diff_id, format)):
             path.unlink(missing_ok=True)
@@ -307,6 +317,10 @@ class LayerStore:
 
     def delete(self, diff_id: str, format: str) -> None:
         """Out of their places, into the trash."""
+        try:
+            self.path(diff_id, format)
+        except FormatError:
+            return
         self._sound.pop(self.path(diff_id, format), None)
         for path in (
             self.sidecar_path(diff_id, format), self.path(diff_id, format), self.table_path(diff_id, format),
@@ -315,6 +329,14 @@ class LayerStore:
                 trace("delete.unlinked")
                 sync_directory(path.parent)
                 trace("delete.settled")
+
+
+def _place(directory: Path, diff_id: str, format: str) -> Path:
+    name = diff_id.removeprefix("sha256:")
+    for part in (name, format):
+        if part in ("", ".", "..") or "/" in part or "\0" in part:
+            raise FormatError(f"is none: no layer has the diff ID {diff_id!r} and the format {format!r}")
+    return directory / format / name
 
 
 def _look(status: os.stat_result, layer: Layer) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ import asyncio
 import enum
 import json
 import os
+import re
 import sqlite3
 import tempfile
 import time
@@ -42,6 +43,11 @@ FILE_NAME: Final = "metadata.db"  # below the root
 
 SnapshotID = NewType("SnapshotID", int)
 LayerID = NewType("LayerID", int)
+
+_ROOT_HASH: Final = re.compile(r"[0-9a-f]{64}\Z")
+_OF_THE_TAR: Final = (
+    "root_hash", "tar_size_bytes", "data_size_bytes", "tree_size_bytes", "file_size_bytes", "entries", "warnings",
+)  # fmt: skip
 
 _BATCH_ROWS: Final = 256
 _PROBE_BYTES: Final = 64 << 10
@@ -120,7 +126,11 @@ class Kind(enum.StrEnum):
 
 class LayerState(enum.StrEnum):
     READY = "ready"
-    BROKEN = "broken"  # its file is missing or contradicts the row; the next build of it mends this
+    BROKEN = "broken"  # its file is missing or contradicts the row, or the row is spoilt; the next build mends this
+
+    @classmethod
+    def _missing_(cls, value: object) -> LayerState:
+        return cls.BROKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +207,11 @@ _SNAPSHOT: Final = (
 
 def _layer(row: tuple[object, ...]) -> Layer:
     fields = list(row)
-    fields[9], fields[10] = json.loads(str(fields[9])), LayerState(str(fields[10]))
+    fields[10] = LayerState(str(fields[10]))
+    try:
+        fields[9] = {str(kind): int(count) for kind, count in json.loads(str(fields[9])).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        fields[9], fields[10] = {}, LayerState.BROKEN
     return Layer(*fields)  # type: ignore[arg-type]
 
 
@@ -537,6 +551,10 @@ class _Database:
         return self.publish_layer(record, build_seconds)
 
     def publish_layer(self, record: LayerRecord, build_seconds: float) -> Layer:
+        there = self.layer(record.diff_id, record.format)
+        if there is not None and there.root_hash != record.root_hash and _ROOT_HASH.match(there.root_hash):
+            # Same tar, same format, other bytes: never to be had, so never to be stored.
+            raise Internal(f"layer {record.diff_id} has root hash {there.root_hash}, this build says otherwise")
         now = time.time_ns()
         values = (
             record.diff_id, record.format, record.root_hash, record.tar_size_bytes, record.data_size_bytes,
@@ -547,15 +565,13 @@ class _Database:
             "INSERT INTO layers (diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes,"
             " file_size_bytes, entries, warnings, state, build_seconds, created_ns, used_ns, verified_ns)"
             f" VALUES ({', '.join('?' * len(values))}) ON CONFLICT (diff_id, format)"
-            " DO UPDATE SET state = 'ready',"
+            # What follows from the tar alone a spoilt row gets again.
+            f" DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in _OF_THE_TAR)}, state = 'ready',"
             " verified_ns = iif(state = 'ready', verified_ns, excluded.verified_ns)",
             values,
         )
         layer = self.layer(record.diff_id, record.format)
         assert layer is not None
-        if layer.root_hash != record.root_hash:
-            # Same tar, same format, other bytes: never to be had, so never to be stored.
-            raise Internal(f"layer {record.diff_id} has root hash {layer.root_hash}, this build says otherwise")
         return layer
 
     def blobs_of(self, diff_id: str) -> list[tuple[str, str, int]]:
