@@ -4,7 +4,8 @@
 TARDEV_TRACE_KILL="point[:n]" ends the process by SIGKILL when it comes by for the n-th time;
 TARDEV_TRACE_PAUSE="point=path" makes it wait there until the path exists. TARDEV_TRACE_CONTROL is a
 directory: every point is appended, a line each, to the file `passed` in it, and the file `kill` there
-says "point:n" of those lines, or nothing, while the process runs. All unset: a no-op.
+says "point:n" of those lines, or nothing, while the process runs.
+All unset: a no-op. A test that has the parts in its own process sets `hook`, which is told of every point.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 _KILL: Final = os.environ.get("TARDEV_TRACE_KILL", "")
@@ -25,9 +27,12 @@ if _CONTROL:
     # Opened once: where descriptors are short, passing a point is no error.
     _passed = os.open(f"{_CONTROL}/passed", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     _kill = os.open(f"{_CONTROL}/kill", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+hook: Callable[[str], None] | None = None
 
 
 def trace(point: str) -> None:
+    if hook is not None:
+        hook(point)
     if _KILL:
         name, _, count = _KILL.partition(":")
         if name == point:

@@ -929,7 +929,7 @@ MUTANTS: Final = [
 # --- in the process of one mutant
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Loads one module from a text."""
 
     def __init__(self, name: str, text: str) -> None:
@@ -1000,7 +1000,7 @@ def _child(mutant: Mutant, known: Vectors) -> int:
     except LookupError as error:
         print(error, file=sys.stderr)
         return 2
-    sys.meta_path.insert(0, _Finder(mutant.module, text))
+    sys.meta_path.insert(0, Finder(mutant.module, text))
     try:
         importlib.import_module(mutant.module)
     except Exception as error:

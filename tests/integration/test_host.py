@@ -18,6 +18,7 @@ import pytest
 from blockdev.kernel.mounts import mounted_below, mounts_files
 from snapshotter.api.proto import types_pb2
 from snapshotter.idmap import GID_LABEL, UID_LABEL
+from snapshotter.layerstore import UNTOUCHED_NS
 from tests.harness import Daemon, run, wait_for
 from tests.integration.test_snapshots_api import Api, Code, chain_of, refused, tar_of
 
@@ -130,6 +131,8 @@ def test_a_mount_that_fails_leaves_none_of_those_before_it(api: Api, obstacle: s
     point = api.daemon.root / "m" / "1"
     if obstacle == "file lost":
         digest.rename(digest.parent / "lost")
+        for blob in (api.daemon.directory.parent / "containerd").rglob("blobs/sha256/*"):
+            blob.unlink()  # or it would be built again
         code = Code.DATA_LOSS
     elif obstacle == "mount point taken":
         point.write_text("in the way")
@@ -139,6 +142,7 @@ def test_a_mount_that_fails_leaves_none_of_those_before_it(api: Api, obstacle: s
         with digest.open("r+b") as file:
             file.seek(1536)
             file.write(b"\xff" * (digest.stat().st_size - 1536 - 4096))
+        os.utime(digest, ns=(0, UNTOUCHED_NS))  # as a disk does it
         code = Code.INTERNAL
     key = api.key("pod")
     for answer in (api.prepare, api.view):
