@@ -9,20 +9,23 @@ knows its mounts at once. Names are short, for the options of one mount(2) call 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from blockdev.errors import KernelError
 from blockdev.formats.layer_file import format_named
-from blockdev.kernel import idmap, mounts
+from blockdev.kernel import devmapper, idmap, mounts
 from snapshotter.contracts.mount import Lower
-from snapshotter.errors import DataLoss
+from snapshotter.errors import ConfigError, DataLoss
 from snapshotter.idmap import IDMapping
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer, LayerID
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
+from verity.tree import Geometry
 
 
 class BrokenLayer(DataLoss):
@@ -34,17 +37,27 @@ class BrokenLayer(DataLoss):
 
 
 class Activation:
-    def __init__(self, root: Path, store: LayerStore, *, always_loop: bool = False) -> None:
-        """`always_loop`: not even where the kernel can is a layer mounted straight from its file."""
+    def __init__(self, root: Path, store: LayerStore, *, always_loop: bool = False, verity: bool = False) -> None:
+        """`always_loop`: not even where the kernel can is a layer mounted straight from its file. `verity`: through a
+        dm-verity device, so that no block is read that the row's root hash does not vouch for."""
         self._directory = root / "m"
+        self._verity = verity
+        # Of devices: another daemon's root has another one.
+        self._prefix = f"tardev-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}-"
         self._store = store
         self._file_backed = False if always_loop else None
         # Who mounts asks what is to be mounted, and who releases what is in use, while nobody else does either.
         self._lock = asyncio.Lock()
 
     def prepare(self) -> None:
-        """A mount point that a killed daemon had made, and nothing on it yet, goes. Raises OSError."""
+        """A mount point that a killed daemon had made, and nothing on it yet, goes. Raises OSError; ConfigError where
+        layers are to be verified and the kernel has nothing for it."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
+        if self._verity:
+            try:
+                devmapper.check()
+            except KernelError as error:
+                raise ConfigError(f'host.verity = "require": {error}') from None
         with os.scandir(self._directory) as entries:
             names = [entry.name for entry in entries]
         for name in names:
@@ -73,7 +86,7 @@ class Activation:
     def _ensure(self, layers: Sequence[Layer], mapped: tuple[Path, IDMapping] | None) -> list[Lower]:
         """Costs a look at each layer of the chain, whatever else is mounted on the host."""
         wanted = {format(layer.id, "x"): layer for layer in layers}
-        directory, there = self._directory, mounts.mounted_at(self._directory, wanted)
+        directory, there = self._directory, self._mounted_at(wanted)
         made: list[Path] = []
         try:
             for name, layer in wanted.items():
@@ -92,6 +105,14 @@ class Activation:
             raise
         return [Lower(directory / format(layer.id, "x"), layer.format, layer.root_hash) for layer in layers]
 
+    def _mounted_at(self, names: Iterable[str]) -> set[str]:
+        """Where layers are to be verified, those only that are: another configuration may have mounted the others."""
+        found = mounts.mounted_at(self._directory, names)
+        if self._verity:
+            major = devmapper.major()
+            found = {name for name in found if os.major(os.lstat(self._directory / name).st_dev) == major}
+        return found
+
     def _mount(self, layer: Layer, point: Path) -> None:
         point.mkdir(mode=0o700, exist_ok=True)
         trace("activation.made")
@@ -104,8 +125,14 @@ class Activation:
         trace("activation.mounted")
 
     def _mount_file(self, layer: Layer, point: Path) -> None:
-        file = self._store.path(layer.diff_id, layer.format)
-        mounts.mount_erofs(file, point, format_named(layer.format).block_bytes, file_backed=self._file_backed)
+        file, layer_format = self._store.path(layer.diff_id, layer.format), format_named(layer.format)
+        if not self._verity:
+            mounts.mount_erofs(file, point, layer_format.block_bytes, file_backed=self._file_backed)
+            return
+        params = layer_format.params
+        geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
+        name = f"{self._prefix}{layer.id:x}-{os.urandom(4).hex()}"
+        mounts.mount_verified(file, point, layer_format.block_bytes, geometry, bytes.fromhex(layer.root_hash), name)
 
     async def renew(self, layer: Layer) -> None:
         """The layer has a new file: what is mounted from now on shows that. Raises KernelError.
@@ -140,6 +167,11 @@ class Activation:
                     (self._directory / name).rmdir()
             elif LayerID(int(name, 16)) not in needed:
                 _unmount_all(self._directory / name)
+
+    async def unused_devices(self) -> list[str]:
+        """Names of verity devices that a crash left between their making and their mount. Raises KernelError."""
+        async with self._lock:
+            return await to_the_end(asyncio.to_thread(devmapper.unused, self._prefix))
 
     def mounted(self) -> set[LayerID]:
         """From mountinfo, as a new daemon learns of the mounts of the one before it. Raises KernelError."""

@@ -84,6 +84,7 @@ class Scrub(_Table, frozen=True):
 
 class Host(_Table, frozen=True):
     mount_through: Literal["auto", "loop"] = "auto"
+    verity: Literal["off", "require"] = "off"
 
 
 class Metrics(_Table, frozen=True):

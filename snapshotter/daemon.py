@@ -161,7 +161,12 @@ async def opened(
         at_end.callback(trash.close)
         store = LayerStore(root, trash, reserve_bytes=free_bytes)
         directories = Directories(root, trash)
-        activation = Activation(root, store, always_loop=settings.host.mount_through == "loop")
+        activation = Activation(
+            root,
+            store,
+            always_loop=settings.host.mount_through == "loop",
+            verity=settings.host.verity == "require",
+        )
         links = Links(settings.links(), metastore, store)
         for part in (store, directories, activation, links):
             part.prepare()

@@ -34,6 +34,7 @@ from snapshotter.reconcile import (
     MakeSnapshotDirectory,
     Quarantine,
     ReleaseMounts,
+    RemoveDevice,
     SettleLink,
 )
 from snapshotter.repair import Repair
@@ -191,3 +192,5 @@ def _described(action: Action) -> tuple[str, str]:
             return f"sidecar of layer {layer.diff_id} ({layer.format})", reason
         case DeleteQuarantined(path):
             return f"quarantine/{path.name}", "is old"
+        case RemoveDevice(name):
+            return f"dm device {name}", "is used by nobody"

@@ -46,6 +46,7 @@ class Inventory:
     stray_links: tuple[Path, ...] = ()
     bad_sidecars: tuple[tuple[Layer, str], ...] = ()  # of READY layers, and why
     old_quarantined: tuple[Path, ...] = ()
+    unused_devices: tuple[str, ...] = ()
 
 
 async def take(parts: Parts) -> Inventory:
@@ -61,6 +62,7 @@ async def take(parts: Parts) -> Inventory:
 
     layer_files, staged, (all_directories, whole_directories) = await asyncio.to_thread(look)
     mounted = await asyncio.to_thread(parts.activation.mounted)
+    devices = await parts.activation.unused_devices()
     snapshots = await parts.metastore.snapshots()
     layers = await parts.metastore.layers()
     in_use = await parts.metastore.layers_in_use()
@@ -99,6 +101,7 @@ async def take(parts: Parts) -> Inventory:
             tuple(strays),
             tuple(bad_sidecars),
             tuple(path for path, status in store.quarantined() if status.st_mtime_ns < too_old_ns),
+            tuple(devices),
         )
 
     return await asyncio.to_thread(judge)

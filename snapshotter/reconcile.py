@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from blockdev.kernel import devmapper
 from snapshotter.inventory import Inventory, Parts
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState, Snapshot, SnapshotID
@@ -86,6 +87,13 @@ class DeleteQuarantined:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class RemoveDevice:
+    """A verity device that was made, and not mounted any more."""
+
+    name: str
+
+
 Action: TypeAlias = (
     DeleteStaged
     | DeleteLayerFile
@@ -97,6 +105,7 @@ Action: TypeAlias = (
     | DeleteLink
     | DropSidecar
     | DeleteQuarantined
+    | RemoveDevice
 )
 
 
@@ -122,6 +131,7 @@ def plan(inventory: Inventory) -> list[Action]:
     actions += [DeleteLink(path) for path in inventory.stray_links]
     actions += [DropSidecar(layer, reason) for layer, reason in inventory.bad_sidecars]
     actions += [DeleteQuarantined(path) for path in inventory.old_quarantined]
+    actions += [RemoveDevice(name) for name in inventory.unused_devices]
     return actions
 
 
@@ -169,3 +179,5 @@ async def _do(action: Action, parts: Parts) -> None:
             await asyncio.to_thread(store.drop_sidecar, layer)
         case DeleteQuarantined(path):
             await asyncio.to_thread(store.trash.put, path)
+        case RemoveDevice(name):
+            await asyncio.to_thread(devmapper.remove, name)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from blockdev.errors import KernelError, kernel_error
-from blockdev.kernel import loop
+from blockdev.kernel import devmapper, loop
+from verity.tree import Geometry
 
 # Linux: include/uapi/linux/mount.h
 _MS_RDONLY: Final = 0x1
@@ -133,6 +134,26 @@ def mount_erofs(file: Path, target: Path, block_bytes: int, *, file_backed: bool
             raise _mount_error(f"{file} through {path}", target, number)
     finally:
         os.close(device)  # the mount, if there is one, holds it now
+
+
+def mount_verified(file: Path, target: Path, block_bytes: int, geometry: Geometry, root_hash: bytes, name: str) -> None:
+    """As `mount_erofs`, every block held against the root hash by dm-verity, in a device of that name which lives as
+    long as the mount. Raises KernelError."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"cannot open {file}: {error}") from None
+    try:
+        data = loop.attach_read_only(fd, block_bytes)
+    finally:
+        os.close(fd)
+    try:
+        # The loop device is the dm device's from here on, and that the mount's.
+        with devmapper.verity_device(name, os.readlink(f"/proc/self/fd/{data}"), geometry, root_hash) as path:
+            if number := _mount(path, target, "erofs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV):
+                raise _mount_error(f"{file} through {name}", target, number)
+    finally:
+        os.close(data)
 
 
 def mount_tar(index_fd: int, tar: Path, target: Path) -> None:

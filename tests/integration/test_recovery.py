@@ -182,3 +182,11 @@ def test_a_prepare_whose_caller_has_gone_leaves_nothing(daemon: Daemon) -> None:
         assert not daemon.snapshots()
         wait_for("its directory is gone", lambda: not directories(daemon))
         assert container(client, "default/1/gone", "")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/mapper/control"), reason="this kernel has device-mapper")
+def test_without_device_mapper_layers_are_not_served_unverified(daemon: Daemon) -> None:
+    daemon.stop()
+    daemon.config.write_text(daemon.config.read_text() + '\n[host]\nverity = "require"\n')
+    with pytest.raises(ProcessFailed, match=r"host\.verity = .*require.*no dm-verity"):
+        daemon.restart()

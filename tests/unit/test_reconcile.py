@@ -30,6 +30,7 @@ from snapshotter.reconcile import (
     MakeSnapshotDirectory,
     Quarantine,
     ReleaseMounts,
+    RemoveDevice,
     SettleLink,
     plan,
 )
@@ -148,12 +149,14 @@ def test_everything_at_once() -> None:
         stray_links=(Path("/l/9"),),
         bad_sidecars=((layer(2), "has another salt than the layer"),),
         old_quarantined=(Path("/q/old"),),
+        unused_devices=("tardev-0-1",),
     )
-    assert plan(messy)[-4:] == [
+    assert plan(messy)[-5:] == [
         SettleLink(snapshot(3, Kind.COMMITTED, 1)),
         DeleteLink(Path("/l/9")),
         DropSidecar(layer(2), "has another salt than the layer"),
         DeleteQuarantined(Path("/q/old")),
+        RemoveDevice("tardev-0-1"),
     ]
     assert {type(action) for action in plan(messy)} == set(reconcile.Action.__args__)
     assert plan(messy) == plan(messy)
