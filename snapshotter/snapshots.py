@@ -101,7 +101,7 @@ class Snapshots:
 
     async def resume(self) -> None:
         """What an unpacker may still be filling since before the start; what was found broken, behind the answers."""
-        self._background.later("layers that were found broken", self._repair.all_broken())
+        self._background.later("layers that were found broken", self._repair.all_broken)
         for snapshot in await self._metastore.snapshots():
             if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
                 self._expect(snapshot, Caller.of({}, snapshot.name))
@@ -185,7 +185,7 @@ class Snapshots:
             )
         self._candidates.forget(snapshot.id)
         self._usage.forget(snapshot.id)
-        self._background.later("what a committed snapshot leaves", self._leave(snapshot))
+        self._background.later("what a committed snapshot leaves", partial(self._leave, snapshot))
 
     async def remove(self, snapshotter: str, key: str) -> None:
         """Raises NotFound, FailedPrecondition (has children)."""
@@ -198,10 +198,10 @@ class Snapshots:
         self._candidates.forget(snapshot.id)
         self._usage.forget(snapshot.id)
         if snapshot.kind is Kind.COMMITTED:
-            self._background.later("a removed snapshot's link", self._links.release(snapshot))
+            self._background.later("a removed snapshot's link", partial(self._links.release, snapshot))
             return
-        # Behind the reply: it waits for whoever mounts, and what is left goes with the next removal or start.
-        self._background.later("what a removed snapshot leaves", self._leave(snapshot))
+        # Behind the reply: it waits for whoever mounts, and what is left goes with the next Cleanup or start.
+        self._background.later("what a removed snapshot leaves", partial(self._leave, snapshot))
 
     async def stat(self, snapshotter: str, key: str) -> Snapshot:
         """Raises NotFound."""
@@ -250,8 +250,10 @@ class Snapshots:
         return await self._usage.of(snapshot.id) if snapshot.has_directory else Use(0, 0)
 
     async def cleanup(self, snapshotter: str) -> None:
-        """Delete layers that nothing refers to, as far as the cache may not keep them (`collector`)."""
+        """Delete what removed snapshots have left, where that failed before, and layers that nothing refers to, as far
+        as the cache may not keep them (`collector`)."""
         self._known(snapshotter)
+        await self._background.again()
         await self._collector.collect()
 
     # Diff

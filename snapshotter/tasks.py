@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from snapshotter.log import get_logger
@@ -29,23 +29,34 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 _DRAIN_SECONDS: Final = 60.0
+_FAILED_MAX: Final = 10_000  # what is more waits for the next start
 
 
 class Background:
-    """Not part of a reply: what does not get done here, the next start does."""
+    """Not part of a reply: what fails here is done `again`, or by the next start."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: list[tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = []
         self._log = get_logger()
 
-    def later(self, what: str, work: Coroutine[Any, Any, object]) -> None:
-        async def run() -> None:
-            try:
-                await work
-            except Exception as error:
-                self._log.error("left for the next start", what=what, error=f"{type(error).__name__}: {error}")
+    async def again(self) -> None:
+        """All that has failed, once more."""
+        failed, self._failed = self._failed, []
+        for what, work in failed:
+            await to_the_end(self._run(what, work))
 
-        task = asyncio.create_task(run())
+    async def _run(self, what: str, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        try:
+            await work()
+        except Exception as error:
+            if len(self._failed) < _FAILED_MAX:
+                self._failed.append((what, work))
+            self._log.error("left for the next Cleanup", what=what, error=f"{type(error).__name__}: {error}")
+
+    def later(self, what: str, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """`work` may be called more than once."""
+        task = asyncio.create_task(self._run(what, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

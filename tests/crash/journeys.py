@@ -575,11 +575,11 @@ def layers_of(daemon: Daemon) -> list[metastore.Layer]:
 
 
 def allocated_bytes(root: Path) -> int:
-    """Of all files below it, but for the database, which keeps what it has once had, and the reserve."""
+    """Of all files below it, but for the database, which keeps what it has once had, and its reserve."""
     found: dict[int, int] = {}
     for directory, _, names in os.walk(root):
         for name in names:
-            if not name.startswith("metadata.db") and name != "reserve":
+            if not name.startswith(("metadata.db", "reserve")):
                 status = os.lstat(os.path.join(directory, name))
                 found[status.st_ino] = status.st_blocks * 512
     return sum(found.values())

@@ -27,7 +27,7 @@ from verity.verify import verify_all
 
 # Of a root, but for links directories of other names.
 _OWN: Final = {
-    "lock", "metadata.db", "metadata.db-wal", "metadata.db-shm", "grpc.sock", "reserve",
+    "lock", "reserve", "metadata.db", "metadata.db-wal", "metadata.db-shm", "grpc.sock",
     "staging", "layers", "tables", "snapshots", "m", "quarantine", "trash", "links",
 }  # fmt: skip
 _SETTLE_SECONDS: Final = 20.0
@@ -37,8 +37,15 @@ def rows(daemon: Daemon) -> tuple[list[Snapshot], list[Layer]]:
     return metastore.read(daemon.root / metastore.FILE_NAME)
 
 
-def broken(daemon: Daemon) -> list[str]:
-    """Committed snapshots whose layers are not whole, block by block."""
+def broken(daemon: Daemon, seconds: float = 0.0) -> list[str]:
+    """Committed snapshots whose layers are not whole, block by block. `seconds`: for as long a start may mend them."""
+    deadline = time.monotonic() + seconds
+    while (found := _broken(daemon)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _broken(daemon: Daemon) -> list[str]:
     snapshots, layers = rows(daemon)
     by_id = {layer.id: layer for layer in layers}
     wrong: list[str] = []
@@ -76,12 +83,13 @@ def unsound(daemon: Daemon, layer: Layer) -> str:
     return ""
 
 
-def leftovers(daemon: Daemon, *, quarantined: bool = False, seconds: float = _SETTLE_SECONDS) -> list[str]:
-    """Differences between the rows and all else, once what goes on behind the replies has ended. `quarantined`: files
-    that were put aside are none."""
+def leftovers(daemon: Daemon, *, mended: bool = False, seconds: float = _SETTLE_SECONDS) -> list[str]:
+    """Differences between the rows and all else, once what goes on behind the replies has ended. `mended`: of a root
+    in which layers were broken; files that were put aside are none, nor is a mount of the new file over the old one's.
+    """
     deadline = time.monotonic() + seconds
     pause = 0.01
-    while found := _leftovers(daemon, quarantined=quarantined):
+    while found := _leftovers(daemon, mended=mended):
         if time.monotonic() > deadline:
             return found
         time.sleep(pause)
@@ -89,7 +97,7 @@ def leftovers(daemon: Daemon, *, quarantined: bool = False, seconds: float = _SE
     return []
 
 
-def _leftovers(daemon: Daemon, *, quarantined: bool) -> list[str]:
+def _leftovers(daemon: Daemon, *, mended: bool) -> list[str]:
     snapshots, layers = rows(daemon)
     ready = [layer for layer in layers if layer.state is LayerState.READY]
     root = daemon.root
@@ -98,12 +106,12 @@ def _leftovers(daemon: Daemon, *, quarantined: bool) -> list[str]:
         *(f"staged: {name}" for name in os.listdir(root / "staging")),
         *_files(root, ready),
         *_links(root, snapshots),
-        *(f"quarantined: {name}" for name in _names(root / "quarantine") if not quarantined),
+        *(f"quarantined: {name}" for name in _names(root / "quarantine") if not mended),
         *(f"in the trash: {name}" for name in _names(root / "trash")),
         *_difference(
             "snapshot directory", {str(each.id) for each in snapshots if each.has_directory}, _names(root / "snapshots")
         ),
-        *_mounts(root, snapshots, 2 if quarantined else 1),
+        *_mounts(root, snapshots, mended=mended),
         *_processes(daemon),
     ]
 
@@ -150,9 +158,8 @@ def _links(root: Path, snapshots: Iterable[Snapshot]) -> Iterator[str]:
     yield from _difference("link", wanted, found)
 
 
-def _mounts(root: Path, snapshots: Iterable[Snapshot], times: int) -> Iterator[str]:
-    """Of the host contract: what containers stand on is mounted once, or as often as it got a new file, and nothing
-    else is. A container whose mounts
+def _mounts(root: Path, snapshots: Iterable[Snapshot], *, mended: bool) -> Iterator[str]:
+    """Of the host contract: what containers stand on is mounted once, and nothing else is. A container whose mounts
     nobody has asked for since they were lost has none, so `missing` is said only of mount points."""
     by_id = {snapshot.id: snapshot for snapshot in snapshots}
     wanted: set[str] = set()
@@ -168,7 +175,9 @@ def _mounts(root: Path, snapshots: Iterable[Snapshot], times: int) -> Iterator[s
             above = by_id.get(above.parent_id) if above.parent_id else None
     points = [Path(entry.mount_point) for entry in mounted_below(root)]
     shared = [point.name for point in points if point.parent == root / "m"]
-    yield from (f"mounted {shared.count(name)} times: m/{name}" for name in set(shared) if shared.count(name) > times)
+    # The old file, the new one, and that once more where a kill came before its row: all go together.
+    most = 3 if mended else 1
+    yield from (f"mounted {shared.count(name)} times: m/{name}" for name in set(shared) if shared.count(name) > most)
     yield from (f"mounted for nobody: m/{name}" for name in set(shared) - wanted)
     yield from (f"mount point without a mount: m/{name}" for name in set(_names(root / "m")) - set(shared))
     directories = {str(each.id) for each in snapshots if each.has_directory}

@@ -48,6 +48,7 @@ PASSED = {
     "trash": "put removed",
     "tree": "moved removed unlinked",
 }
+_MENDED_SECONDS = 20.0
 # What only a containerd leads to: tests/integration/test_crash.py.
 BY_CONTAINERD = {"ingest.written", "ingest.committed"}
 # Before the first row: killed there, nothing was begun.
@@ -118,7 +119,7 @@ def kill_at(stage: Stage, journey: Journey, point: str, number: int, outcome: Ou
     outcome.kills += 1
     stage.control.arm()
     stage.start()
-    outcome.lost += [f"{what}: {name}" for name in (*stage.lost(), *oracle.broken(stage.daemon))]
+    outcome.lost += [f"{what}: {name}" for name in (*stage.lost(), *broken(stage, journey))]
     outcome.left += [f"{what}: {left}" for left in left_behind(stage, journey)]
     try:
         if not journey.boot:
@@ -132,9 +133,14 @@ def kill_at(stage: Stage, journey: Journey, point: str, number: int, outcome: Ou
     stage.clear()
 
 
+def broken(stage: Stage, journey: Journey) -> list[str]:
+    """A layer whose file was lost before the start is made again behind the answers."""
+    return oracle.broken(stage.daemon, _MENDED_SECONDS if journey.boot else 0)
+
+
 def left_behind(stage: Stage, journey: Journey) -> list[str]:
     # A damaged file is put aside for somebody to look at, when a start finds it.
-    return oracle.leftovers(stage.daemon, quarantined=journey.boot)
+    return oracle.leftovers(stage.daemon, mended=journey.boot)
 
 
 def judge(stage: Stage, journey: Journey, outcome: Outcome) -> None:

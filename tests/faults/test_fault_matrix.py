@@ -19,7 +19,7 @@ import pytest
 from tests.crash import oracle
 from tests.crash.journeys import JOURNEYS, Journey, Stage, make_stage
 from tests.crash.report import say
-from tests.crash.test_kill_matrix import begin
+from tests.crash.test_kill_matrix import begin, broken
 from tests.faults.shim import Call, Shim, build
 from tests.harness import ProcessFailed
 
@@ -61,6 +61,7 @@ class Outcome:
     unreached: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # status, or dead
     lost: list[str] = field(default_factory=list)
+    until_cleanup: list[str] = field(default_factory=list)
     until_start: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -136,9 +137,13 @@ def fail(scene: Scene, function: str, number: int, error: int, place: str) -> No
     elif not stage.daemon.alive():
         outcome.wrong.append(f"{what}: it died: {stage.daemon.log.read_text()[-1000:]}")
         stage.start()
-    left = oracle.leftovers(stage.daemon, quarantined=True, seconds=1)
+    left = oracle.leftovers(stage.daemon, mended=journey.boot, seconds=0.5)
+    if left:
+        outcome.until_cleanup += [f"{what}: {each}" for each in left]
+        stage.cleanup()
+        left = oracle.leftovers(stage.daemon, mended=journey.boot, seconds=1)
     outcome.until_start += [f"{what}: {each}" for each in left]
-    outcome.lost += [f"{what}: {name}" for name in (*stage.lost(), *oracle.broken(stage.daemon))]
+    outcome.lost += [f"{what}: {name}" for name in (*stage.lost(), *broken(stage, journey))]
     try:
         if not journey.boot:
             journey.act(stage)
@@ -150,7 +155,7 @@ def fail(scene: Scene, function: str, number: int, error: int, place: str) -> No
         stage.start()
     stage.collect()
     outcome.lost += [f"{what}, after the retry: {name}" for name in (*stage.lost(), *oracle.broken(stage.daemon))]
-    left = oracle.leftovers(stage.daemon, quarantined=True)
+    left = oracle.leftovers(stage.daemon, mended=journey.boot)
     outcome.left += [f"{what}, after the retry: {each}" for each in left]
     stage.clear()
 
@@ -159,7 +164,7 @@ def judge(scene: Scene) -> None:
     scene.stage.start()
     scene.stage.cleanup()
     outcome = scene.outcome
-    outcome.left += [f"at the end: {left}" for left in oracle.leftovers(scene.stage.daemon, quarantined=True)]
+    outcome.left += [f"at the end: {left}" for left in oracle.leftovers(scene.stage.daemon, mended=scene.journey.boot)]
     assert not scene.stage.daemon.layers()
     for found in (outcome.lost, outcome.wrong, outcome.left, outcome.failed):
         assert not found, "\n".join(found)
@@ -170,11 +175,12 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, Outcome]]:
     """Said at the end, whatever came of it."""
     made: dict[str, Outcome] = {}
     yield made
-    heads = ("steps", "cases", "refused", "wrong", "lost", "start", "left", "failed", "unreached")
+    heads = ("steps", "cases", "refused", "wrong", "lost", "cleanup", "start", "left", "failed", "unreached")
     lines = [f"{'journey':30}" + "".join(f"{head:>10}" for head in heads)]
     for name, outcome in made.items():
         refused = outcome.cases - outcome.codes["done without"]
-        lists = (outcome.wrong, outcome.lost, outcome.until_start, outcome.left, outcome.failed, outcome.unreached)
+        left = (outcome.until_cleanup, outcome.until_start, outcome.left)
+        lists = (outcome.wrong, outcome.lost, *left, outcome.failed, outcome.unreached)
         numbers = (outcome.steps, outcome.cases, refused, *map(len, lists))
         lines.append(f"{name:30}" + "".join(f"{number:10}" for number in numbers))
     lines.append(
