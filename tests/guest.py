@@ -117,11 +117,11 @@ class Guest:
             self._connection.connect(str(self._shell))
             self._answer(_BOOT_SECONDS)
 
-    def run(self, command: str) -> str:
+    def run(self, command: str, seconds: float = _COMMAND_SECONDS) -> str:
         """Standard output and error of one line of shell in the guest. Raises RuntimeError with its status."""
         assert self._connection
         self._connection.sendall(f"{command}\n".encode())
-        output, status = self._answer(_COMMAND_SECONDS)
+        output, status = self._answer(seconds)
         if status:
             raise RuntimeError(f"{command}: status {status}\n{output}")
         return output

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -127,7 +127,7 @@ def compiled_init(flags: tuple[str, ...] = (), main: Path | None = None, sources
 def initramfs(modules: Path, init: bytes) -> bytes:
     """The archive, with the modules in the order in which they are loaded. Raises ImageError."""
     directories = [cpio.Member(name, stat.S_IFDIR | 0o755) for name in ("dev", "modules", "proc", "sys")]
-    loaded = list(_with_dependencies(modules))
+    loaded = list(with_dependencies(modules, _MODULES))
     order = "".join(f"{name}\n" for name, _ in loaded).encode()
     return cpio.archive(
         [
@@ -139,8 +139,12 @@ def initramfs(modules: Path, init: bytes) -> bytes:
     )
 
 
-def _with_dependencies(modules: Path) -> Iterator[tuple[str, bytes]]:
-    """Dependencies first. From the modules themselves: the package has no modules.dep, which depmod would write."""
+def with_dependencies(modules: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and code of each that is not built in, dependencies first; "?" in front of the name of one that may be
+    refused, behind it in `names`. Raises ImageError.
+
+    From the modules themselves: the package has no modules.dep, which depmod would write.
+    """
     if not (modules / "modules.builtin").is_file():
         raise ImageError(f"no kernel modules in {modules}")
     built_in = {_module_name(Path(line)) for line in (modules / "modules.builtin").read_text().splitlines()}
@@ -160,9 +164,9 @@ def _with_dependencies(modules: Path) -> Iterator[tuple[str, bytes]]:
             yield from load(dependency.replace("-", "_"), "", name)
         yield mark + name, code
 
-    for wanted in _MODULES:
+    for wanted in names:
         name = wanted.rstrip("?")
-        yield from load(name, "?" if wanted != name else "", "the UVM")
+        yield from load(name, "?" if wanted != name else "", "the guest")
 
 
 def _module_name(path: Path) -> str:
