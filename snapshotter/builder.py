@@ -354,9 +354,21 @@ class Builder:
                 await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
                 await self.renew(record.diff_id, record.format)
             trace("build.published")
-            layer = await self._metastore.publish(record, compression, seconds)
+            try:
+                layer = await self._metastore.publish(record, compression, seconds)
+            except BaseException:
+                if there is None:
+                    await self.withdraw(record.diff_id, record.format)
+                raise
             self.touch(layer)
         return layer
+
+    async def withdraw(self, diff_id: str, format: str) -> None:
+        """A file that is in its place, and whose row did not come: on a full disk above all nobody has use for it."""
+        try:
+            await asyncio.to_thread(self._store.delete, diff_id, format)
+        except OSError as error:
+            self._log.error("a file without a row is left for the next start", diff_id=diff_id, error=str(error))
 
     async def renew(self, diff_id: str, format: str) -> None:
         """The layer, if there was one before, has a new file: before its row is READY again, so is what was made of

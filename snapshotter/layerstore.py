@@ -26,6 +26,7 @@ from blockdev.formats.layer_file import STORED_FORMATS, format_named, open_layer
 from snapshotter.contracts import kata_erofs
 from snapshotter.direct import opened_direct
 from snapshotter.errors import ResourceExhausted
+from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
@@ -98,9 +99,13 @@ class LayerStore:
         self._in_work.add(os.path.basename(name))
 
         def discard() -> None:
-            with suppress(FileNotFoundError):
+            try:
                 os.unlink(name)
                 trace("staged.discarded")
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                get_logger().error("left in staging for the next start", path=name, error=str(error))
             for each in opened:
                 os.close(each)
             self._in_work.discard(os.path.basename(name))

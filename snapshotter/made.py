@@ -55,10 +55,16 @@ class Made:
         return await asyncio.to_thread(self._store.contradiction, layer)
 
     async def _publish(self, staged: Staged, built: LayerRecord, started: float) -> Layer:
+        there = await self._metastore.layer(built.diff_id, built.format)
         await asyncio.to_thread(self._store.publish, staged, built.diff_id, built.format)
         trace("made.published")
         await self._builder.renew(built.diff_id, built.format)
-        layer = await self._metastore.publish_layer(built, time.monotonic() - started)
+        try:
+            layer = await self._metastore.publish_layer(built, time.monotonic() - started)
+        except BaseException:
+            if there is None:
+                await self._builder.withdraw(built.diff_id, built.format)
+            raise
         self._builder.touch(layer)
         self._log.info(
             "layer made", diff_id=layer.diff_id, format=layer.format, root_hash=layer.root_hash, entries=layer.entries

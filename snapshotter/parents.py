@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from blockdev.errors import BlockdevError, FormatError
+from blockdev.errors import EXHAUSTED, BlockdevError, FormatError
 from blockdev.formats import directory_table, parents
 from blockdev.formats.directory_table import Record
 from blockdev.formats.erofs_reader import Reader
@@ -183,6 +183,8 @@ class _Files:
             try:
                 return verified(offset, size)
             except (VerityError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                    raise  # which says nothing of the file
                 raise BrokenLayer(layer, f"cannot be read: {error}") from None
 
         self._read[layer.id] = read_at

@@ -254,6 +254,8 @@ class Snapshots:
         as the cache may not keep them (`collector`)."""
         self._known(snapshotter)
         await self._background.again()
+        await self._activation.release_unused(self._metastore.layers_in_use)
+        self._store.trash.again()
         await self._collector.collect()
 
     # Diff

@@ -38,6 +38,7 @@ class Trash:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="trash")
         self._stop = threading.Event()
         self._busy: set[str] = set()  # those under way, and those that could not be removed
+        self._failed: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._came = asyncio.Event()
         self._log = get_logger()
@@ -69,12 +70,23 @@ class Trash:
     def names(self) -> frozenset[str]:
         return frozenset(os.listdir(self._directory))
 
+    def again(self) -> None:
+        """What could not be removed is tried once more."""
+        self._busy -= self._failed
+        self._failed.clear()
+        self._came.set()
+
     async def empty_as_it_comes(self) -> None:
         """For ever."""
         self._loop = asyncio.get_running_loop()
         while True:
             self._came.clear()
-            for name, size_bytes in await asyncio.to_thread(self._new):
+            try:
+                found = await asyncio.to_thread(self._new)
+            except OSError as error:
+                self._log.error("the trash cannot be looked into", error=str(error))
+                found = []
+            for name, size_bytes in found:
                 self._busy.add(name)
                 removal = self._loop.run_in_executor(self._threads, self._remove, name)
                 if size_bytes is None:
@@ -100,7 +112,8 @@ class Trash:
         try:
             remove_tree(self._directory / name, self._stop)
         except OSError as error:
-            self._log.error("left in the trash for the next start", name=name, error=str(error))
+            self._log.error("left in the trash for the next Cleanup", name=name, error=str(error))
+            self._failed.add(name)
             return
         trace("trash.removed")
         if not self._stop.is_set():

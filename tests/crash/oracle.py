@@ -141,7 +141,7 @@ def _files(root: Path, ready: Iterable[Layer]) -> Iterator[str]:
         }
         yield from _difference(top, rows_of, {name for name in found if layer_of_sidecar(name) == name})
         for name in found:
-            if layer_of_sidecar(name) not in rows_of:
+            if layer_of_sidecar(name) not in {name, *rows_of}:
                 yield f"sidecar without a layer: {name}"
 
 

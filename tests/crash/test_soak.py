@@ -81,7 +81,8 @@ class State:
     def of(cls, daemon: Daemon) -> State:
         return cls(
             len(daemon.mounts()),
-            len([what for what in host_state() if what.startswith("loop")]),
+            # Of ours alone: this number is the whole machine's.
+            len([what for what in host_state() if what.startswith(f"loop device over {daemon.directory}")]),
             oracle.open_files(daemon),
             rss_bytes(daemon),
             allocated_bytes(daemon.root),

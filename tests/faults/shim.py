@@ -16,7 +16,7 @@ SOURCE: Final = Path(__file__).parent / "shim.c"
 _HEAD: Final = struct.Struct("<6I64I")
 _ENTRY: Final = struct.Struct("<3I116s")
 _LOGGED: Final = 8192
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_HEX: Final = re.compile(r"[0-9a-f]{32,64}")
 _STAGED: Final = re.compile(r"staging/[^/]*")
 _NUMBER: Final = re.compile(r"(?<=/)[0-9a-f]{1,8}(?=/|$)")
 _MOVED: Final = re.compile(r"[0-9a-f]{16}-\d+")

@@ -94,16 +94,17 @@ def calls_of(scene: Scene) -> list[Call]:
 
 
 def picks(calls: list[Call]) -> Iterator[tuple[str, int, int, str]]:
-    """(function, which call of it, error, place): the first and the last of each place, each way."""
+    """(function, which call of it, error, place): the first of each place, each way, and the last."""
     numbers: Counter[str] = Counter()
     places: dict[tuple[str, str], list[int]] = {}
     for call in calls:
         numbers[call.function] += 1
         places.setdefault((call.function, call.place), []).append(numbers[call.function])
     for (function, place), found in sorted(places.items()):
-        for number in sorted({found[0], found[-1]}):
-            for error in WAYS[function]:
-                yield function, number, error, place
+        for error in WAYS[function]:
+            yield function, found[0], error, place
+        if found[-1] != found[0]:
+            yield function, found[-1], WAYS[function][0], place
 
 
 def fail(scene: Scene, function: str, number: int, error: int, place: str) -> None:

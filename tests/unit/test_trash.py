@@ -104,3 +104,31 @@ def test_on_a_full_disk_it_goes_where_it_is(tmp_path: Path, monkeypatch: pytest.
     assert trash.put(tmp_path / "file")
     assert os.listdir(tmp_path) == ["trash"]
     assert not trash.names()
+
+
+async def test_what_failed_for_a_moment_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = {"listdir": 1, "rmdir": 1}
+
+    def failing(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: object, **named: object) -> object:
+            if failures[name]:
+                failures[name] -= 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(os, name, call)
+
+    async with emptied(Trash(tmp_path)) as trash:
+        await asyncio.sleep(0.05)
+        for name in failures:
+            failing(name)
+        (tmp_path / "directory").mkdir()
+        await asyncio.to_thread(trash.put, tmp_path / "directory")
+        await until(lambda: not failures["listdir"])
+        trash.again()
+        await until(lambda: not failures["rmdir"])
+        await asyncio.sleep(0.05)
+        trash.again()
+        await until(lambda: not trash.names())
