@@ -564,7 +564,13 @@ class Snapshots:
         # What may lie in its directory an unpacker has written: the image's tar, which has the diff ID, it is not.
         # The early build, if there is one, is joined by asking for the same again.
         self._candidates.stop(snapshot.id)
-        found = await self._candidates.layer(snapshot, chain, caller)
+        try:
+            found = await self._candidates.layer(snapshot, chain, caller)
+        finally:
+            # Removed or committed by another call meanwhile: nobody comes for what was learned.
+            now = await to_the_end(self._metastore.by_id(snapshot.id))
+            if now is None or now.kind is not Kind.ACTIVE:
+                self._candidates.forget(snapshot.id)
         if found is None:
             hint = (
                 "" if snapshot.extraction else "; changes of a container are committed under a name that is no digest"
