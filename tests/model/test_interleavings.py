@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SOAK
-from tests.model.clients import KINDS, client
+from tests.model.clients import DROP, KINDS, PULL, client
 from tests.model.world import Client, World, write_content
 
 # A round is one interleaving of its clients; an example has several.
@@ -47,6 +47,17 @@ def content() -> Iterator[Path]:
         yield Path(directory, "content")
 
 
+def set_scene(world: World, focus: int, *, applies: bool) -> None:
+    """Nothing; an image; one whose layers nobody needs any more; one that was pulled long ago."""
+    scene = focus % 4
+    if scene:
+        world.round([Client(client(PULL, focus, 0, focus, applies=applies))], b"")
+    if scene == 2:
+        world.round([Client(client(DROP, focus, 1, focus, applies=applies))], b"")
+    if scene > 1:
+        world.later()
+
+
 def play(content: Path, rounds: list[Any], focus: int, *, applies: bool) -> None:
     """`focus`: what most clients are about, so that they meet. Raises AssertionError for whatever no order of the calls
     explains."""
@@ -56,12 +67,15 @@ def play(content: Path, rounds: list[Any], focus: int, *, applies: bool) -> None
     try:
         with world.in_place():
             world.boot(b"")
+            set_scene(world, focus, applies=applies)
             for clients, choices, crash_at, later in rounds:
                 if later:
                     world.later()
                 world.round(
                     [
-                        Client(client(kind, focus if a % 4 else a, b, c, applies=applies), cancelled_at)
+                        Client(
+                            client(kind, focus if a % 4 else a, b, focus if c % 2 else c, applies=applies), cancelled_at
+                        )
                         for kind, a, b, c, cancelled_at in clients
                     ],
                     choices,
