@@ -53,7 +53,8 @@ def fill(root: Path, layers: int, snapshots: int) -> Stored:
 
 
 async def _fill(root: Path, count: int, snapshots: int) -> Stored:
-    store, directories = LayerStore(root), Directories(root)
+    store = LayerStore(root)
+    directories = Directories(root, store.trash)
     for part in (store, directories):
         part.prepare()
     metastore = Metastore(root / FILE_NAME)
@@ -67,7 +68,6 @@ async def _fill(root: Path, count: int, snapshots: int) -> Stored:
         database.connection.execute("COMMIT")
     finally:
         await metastore.close()
-        directories.close()
     os.sync()
     return Stored(images, count, snapshots)
 

@@ -15,6 +15,7 @@ _NAMES: Final = tuple(NAMES)
 _SPACES: Final = ("a", "b")
 KINDS: Final = 12
 PULL, DROP = 0, 5
+REMOVE, UNPACK = 3, 7  # of a single call
 _SECOND_SPACE: Final = 54  # of the 64 values of a number
 
 
