@@ -48,7 +48,7 @@ class Candidates:
     async def layer(self, snapshot: Snapshot, chain: ChainID, caller: Caller) -> Layer | None:
         """None where no blob of the store is the layer. Raises what a candidate failed with, one that may yet succeed
         before one that will not."""
-        known = self._known.setdefault(snapshot.id, {})
+        known = self._known.get(snapshot.id, {})
         diff_id, blobs = await self._content.candidates(chain)
         built: list[Blob] = []
         unknown: list[Blob] = []
@@ -67,20 +67,28 @@ class Candidates:
                 continue  # not for this caller, or not any more
             except SnapshotterError as error:
                 if isinstance(error, _LASTING):
-                    known[blob] = error
+                    known = self._learn(snapshot, blob, error)
                 else:
                     passing = passing or error
                 continue
             if layer.diff_id == diff_id:
                 return layer
             self._log.warning("blob is not the layer that an image claims", blob=blob.digest, chain_id=chain)
-            known[blob] = layer.diff_id
+            known = self._learn(snapshot, blob, layer.diff_id)
         failure = passing or next((what for what in known.values() if isinstance(what, SnapshotterError)), None)
         if failure is not None:
             raise failure
         if rotten := self._content.rotten(chain):
             raise DataLoss(rotten)
         return None
+
+    def _learn(
+        self, snapshot: Snapshot, blob: Blob, what: str | SnapshotterError
+    ) -> dict[Blob, str | SnapshotterError]:
+        """All that is known for the snapshot now."""
+        known = self._known.setdefault(snapshot.id, {})
+        known[blob] = what
+        return known
 
     def build_early(self, snapshot: Snapshot, chain: ChainID, caller: Caller) -> None:
         """As soon as a blob is complete, for Commit to find or to join."""

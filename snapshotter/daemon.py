@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import fcntl
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -115,7 +116,10 @@ def check_root(root: Path) -> None:
         there = [name for name in ("layers", "snapshots") if (root / name).exists()]
         if there:
             raise ConfigError(
-                f"root {root} holds {' and '.join(there)} but no {FILE_NAME}: not ours, or damaged; move it away"
+                f"root {root} holds {' and '.join(there)} but no {FILE_NAME}: not ours, or its metadata was lost. Put"
+                f" back a copy of {root / FILE_NAME}, or start with nothing: mv {shlex.quote(str(root))}"
+                f" {shlex.quote(f'{root}.lost')}; then remove the images from containerd that were pulled through it"
+                " (ctr -n NAMESPACE images rm --sync IMAGE), and pull them again"
             )
 
 

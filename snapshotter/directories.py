@@ -88,9 +88,9 @@ class Directories:
         """(all that is there, what of it is whole)."""
         with os.scandir(self._directory) as entries:
             found = frozenset(entry.name for entry in entries)
-        return found, frozenset(
-            name for name in found if all((self._directory / name / part).is_dir() for part in _PARTS)
-        )
+        # A start looks at thousands of them: paths are plain text here.
+        top = str(self._directory)
+        return found, frozenset(name for name in found if all(os.path.isdir(f"{top}/{name}/{part}") for part in _PARTS))
 
     async def remove(self, name: str) -> None:
         """`name`: a snapshot's id, or whatever else lies there. What is in it goes with the trash. Raises OSError,

@@ -370,13 +370,27 @@ class Snapshots:
         trace("prepare.created")
         try:
             if snapshot.has_directory:
-                await to_the_end(asyncio.to_thread(self._directories.make, snapshot.id))
+                await self._make_directory(snapshot)
             mounts = await self._mounts(snapshot, new=True)
             trace("prepare.mounts")
             return snapshot, mounts
         except BaseException:
             await to_the_end(self._undo(snapshot))
             raise
+
+    async def _make_directory(self, snapshot: Snapshot) -> None:
+        """Raises NotFound where a removal, or a commit, of the snapshot came first: it has taken away what it found,
+        and nobody would take away what is made behind it."""
+        failure: FileNotFoundError | None = None
+        try:
+            await to_the_end(asyncio.to_thread(self._directories.make, snapshot.id))
+        except FileNotFoundError as error:
+            failure = error
+        now = await self._metastore.by_id(snapshot.id)
+        if now is None or now.kind is not snapshot.kind:
+            raise NotFound(f"snapshot {snapshot.name!r} was removed while it was prepared") from failure
+        if failure is not None:
+            raise failure
 
     async def _skip(self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str]) -> None:
         """Raises AlreadyExists where a stored layer completes the chain ID: a committed snapshot of ours says so, with
@@ -566,7 +580,13 @@ class Snapshots:
         # What may lie in its directory an unpacker has written: the image's tar, which has the diff ID, it is not.
         # The early build, if there is one, is joined by asking for the same again.
         self._candidates.stop(snapshot.id)
-        found = await self._candidates.layer(snapshot, chain, caller)
+        try:
+            found = await self._candidates.layer(snapshot, chain, caller)
+        finally:
+            # Removed or committed by another call meanwhile: nobody comes for what was learned.
+            now = await to_the_end(self._metastore.by_id(snapshot.id))
+            if now is None or now.kind is not Kind.ACTIVE:
+                self._candidates.forget(snapshot.id)
         if found is None:
             hint = (
                 "" if snapshot.extraction else "; changes of a container are committed under a name that is no digest"

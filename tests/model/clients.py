@@ -13,7 +13,9 @@ Play: TypeAlias = Callable[[World], Coroutine[Any, Any, None]]
 
 _NAMES: Final = tuple(NAMES)
 _SPACES: Final = ("a", "b")
-KINDS: Final = 10
+KINDS: Final = 12
+PULL, DROP = 0, 5
+REMOVE, UNPACK = 3, 7  # of a single call
 _SECOND_SPACE: Final = 54  # of the 64 values of a number
 
 
@@ -112,6 +114,26 @@ def clear(snapshotter: str, space: str) -> Play:
     return play
 
 
+def again(snapshotter: str, image: int, space: str, depth: int, number: int, which: int) -> Play:
+    """What was prepared is removed and prepared again, and has one layer applied to it and then another."""
+    chains = chains_of(image)
+    chain, other = chains[depth % len(chains)], chains[which % len(chains)]
+    below = name_of(space, chains[depth % len(chains) - 1]) if depth % len(chains) else ""
+
+    async def play(world: World) -> None:
+        key = unpack_key(space, chain, number)
+        await world.call("remove", snapshotter, key=key)
+        end, mounts = await world.call("unpack", snapshotter, key=key, parent=below)
+        if end == OK and which % 2:
+            of = world.makers[world.owner(mounts)]
+            for each in (chain, other):
+                fields = {"of": of, "diff_id": COMPLETES[each]}
+                blob = blob_of(IMAGES[image][chains.index(each)])
+                await world.call("apply", snapshotter, blob=blob, mounts=mounts, **fields)
+
+    return play
+
+
 def single(what: int, snapshotter: str, image: int, space: str, depth: int, number: int) -> Play:
     """One call about something that others may be at."""
     chain = chains_of(image)[depth % len(IMAGES[image])]
@@ -123,7 +145,7 @@ def single(what: int, snapshotter: str, image: int, space: str, depth: int, numb
     labels = (("label", str(number)),)
 
     async def play(world: World) -> None:
-        match what % 10:
+        match what % 11:
             case 0:
                 await world.call("stat", snapshotter, key=any_key)
             case 1:
@@ -153,13 +175,16 @@ def single(what: int, snapshotter: str, image: int, space: str, depth: int, numb
                     await world.call("apply", snapshotter, blob=blob_of(which), mounts=mounts, **fields)
             case 9:
                 await world.call("mounts", snapshotter, key=any_key)
+            case 10:
+                parent = "" if snapshotter == "tardev-host" else key
+                await world.call("prepare", snapshotter, key=container_key(space, number), parent=parent)
 
     return play
 
 
 def client(kind: int, a: int, b: int, c: int, *, applies: bool) -> Play:
     """Of four numbers. Mostly they meet in one namespace."""
-    snapshotter, image, space = _NAMES[a % len(_NAMES)], (a // 3) % 2, _SPACES[a >= _SECOND_SPACE]
+    snapshotter, image, space = _NAMES[a // 4 % len(_NAMES)], a // 12 % 2, _SPACES[a >= _SECOND_SPACE]
     match kind % KINDS:
         case 0 | 1 | 2:
             return pull(snapshotter, image, space, c % 2, applies=applies)
@@ -167,6 +192,8 @@ def client(kind: int, a: int, b: int, c: int, *, applies: bool) -> Play:
             return container(snapshotter, space, b // 4, c % 2, stays=b % 2 == 0, view=b % 4 > 1)
         case 5:
             return drop_image(snapshotter, image, space)
+        case 6 if b % 3:
+            return again(snapshotter, image, space, c % 3, (c // 3) % 2, b)
         case 6:
             return clear(snapshotter, space)
         case _:

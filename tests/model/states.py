@@ -100,8 +100,10 @@ def _answer(state: State, seen: Seen, call: Call) -> list[tuple[State, Seen, str
     if call.end in (UNKNOWN, CANCELLED) and there is not None and state[there].kind != "committed":
         undone = (_with(state, there, None), seen, OK)
         return [undone] if call.end == CANCELLED else [(state, seen, OK), undone]
-    # Removed before it was answered for: told, or not.
-    return [(state, seen, OK)] if there is not None else [(state, seen, OK), (state, seen, "NotFound")]
+    # Removed or committed before it was answered for: told, or not.
+    if there is not None and state[there].kind != "committed":
+        return [(state, seen, OK)]
+    return [(state, seen, OK), (state, seen, "NotFound")]
 
 
 def _stat(state: State, seen: Seen, call: Call) -> list[tuple[State, Seen, str]]:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SOAK
-from tests.model.clients import KINDS, client
+from tests.model.clients import DROP, KINDS, PULL, REMOVE, UNPACK, client, single
 from tests.model.world import Client, World, write_content
 
 # A round is one interleaving of its clients; an example has several.
@@ -47,6 +47,17 @@ def content() -> Iterator[Path]:
         yield Path(directory, "content")
 
 
+def set_scene(world: World, focus: int, *, applies: bool) -> None:
+    """Nothing; an image; one whose layers nobody needs any more; one that was pulled long ago."""
+    scene = focus % 4
+    if scene:
+        world.round([Client(client(PULL, focus, 0, focus, applies=applies))], b"")
+    if scene == 2:
+        world.round([Client(client(DROP, focus, 1, focus, applies=applies))], b"")
+    if scene > 1:
+        world.later()
+
+
 def play(content: Path, rounds: list[Any], focus: int, *, applies: bool) -> None:
     """`focus`: what most clients are about, so that they meet. Raises AssertionError for whatever no order of the calls
     explains."""
@@ -56,12 +67,15 @@ def play(content: Path, rounds: list[Any], focus: int, *, applies: bool) -> None
     try:
         with world.in_place():
             world.boot(b"")
+            set_scene(world, focus, applies=applies)
             for clients, choices, crash_at, later in rounds:
                 if later:
                     world.later()
                 world.round(
                     [
-                        Client(client(kind, focus if a % 4 else a, b, c, applies=applies), cancelled_at)
+                        Client(
+                            client(kind, focus if a % 4 else a, b, focus if c % 2 else c, applies=applies), cancelled_at
+                        )
                         for kind, a, b, c, cancelled_at in clients
                     ],
                     choices,
@@ -72,6 +86,20 @@ def play(content: Path, rounds: list[Any], focus: int, *, applies: bool) -> None
         counts.update(world.counts)
         counts.update({f"{what} {end}": count for (what, end), count in world.ends.items()})
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.mark.parametrize("prepares_first", [True, False])
+def test_a_removal_at_every_step_of_a_prepare_leaves_nothing(content: Path, prepares_first: bool) -> None:
+    """What is removed while it is prepared has no directory afterwards, and no build waits for its blob."""
+    for step in range(30):
+        world = World(Path(tempfile.mkdtemp(dir=content.parent)) / "root", content)
+        world.root.mkdir()
+        # The clients' priorities, and the step at which the other one comes first.
+        choices = bytes([255, 0, *((9, 8) if prepares_first else (8, 9)), 0, 0, 0, 0, 0, *[step] * 4])
+        with world.in_place():
+            world.boot(b"")
+            world.round([Client(single(number, "tardev", 0, "a", 0, 0)) for number in (UNPACK, REMOVE)], choices)
+        shutil.rmtree(world.root.parent)
 
 
 @settings(
