@@ -4,8 +4,8 @@
     python -m tests.node_guest           build the image in .cache/node, where it is not up to date
     python -m tests.node_guest COMMAND   the same, then a shell's line in such a guest, and what it says
 
-The image is a layer file of ours: this machine's Python, the packages of .venv, the later containerd, a few programs. It
-holds nothing of this checkout but that: the checkout comes with each guest, as a tar on a disk of its own, and so
+The image is a layer file of ours: this machine's Python, the packages of .venv, the later containerd, a few programs.
+It holds nothing of this checkout but that: the checkout comes with each guest, as a tar on a disk of its own, and so
 does a scratch disk at /tmp. There is no network but the loopback.
 """
 
