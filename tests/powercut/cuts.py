@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk is cut at each barrier of a recorded journey, and a daemon started on what is left.
 
-    python -m tests.powercut.cuts JOURNEY ext4|xfs [--every N]
+    python -m tests.powercut.cuts JOURNEY ext4|xfs [--every N] [--save FILE]
 
 For each point two disks: all that was written before it, and that without a random half of the writes that no barrier
 covered. The recording needs a guest, for device-mapper; the disks are mounted, and recovered, by this machine's kernel.
@@ -13,9 +13,12 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
 import os
 import stat
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import zstandard
+
 from snapshotter.metastore import LayerState
 from tests.harness import SNAPSHOTTER, Containerd, Daemon, ProcessFailed, check_tree, releases, run, wait_for
 from tests.node_guest import FIRST_DISK, NodeGuest
 from tests.powercut.journey import IMAGE
-from tests.powercut.write_log import Disk, Point, some_of
+from tests.powercut.write_log import Disk, Entry, Point, log_size, some_of
 
 FILE_SYSTEMS: Final = {
     # Nothing is left for the kernel to initialise behind the journey's back.
@@ -36,6 +41,9 @@ FILE_SYSTEMS: Final = {
 }
 _DISK_BYTES: Final = 320 << 20
 _LOG_BYTES: Final = 4 << 30
+_BLOCK_BYTES: Final = 4096
+_AT: Final = struct.Struct("<Q")  # where a block was, in bytes
+_END: Final = (1 << 64) - 1
 _LOG_DISK: Final = FIRST_DISK[:-1] + chr(ord(FIRST_DISK[-1]) + 1)
 
 
@@ -56,7 +64,7 @@ class Figures:
 class Recording:
     base: Path
     log: Path
-    images: Path
+    images: Path | None  # with these a retry is made at some points
 
 
 def record(
@@ -77,12 +85,50 @@ def record(
     return Recording(base, log, images)
 
 
-def check(recording: Recording, journey: str, kind: str, scratch: Path, every: int = 1) -> Figures:
-    """At every n-th barrier after the first acknowledged commit began."""
+def save(recording: Recording, target: Path) -> None:
+    """What `load` takes, in few bytes: blocks of the base that are not zero, and the log as far as it goes."""
+    log_bytes = log_size(recording.log)
+    with target.open("wb") as out, zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters.from_level(19, window_log=27)
+    ).stream_writer(out) as packed:  # fmt: skip
+        with recording.base.open("rb") as base:
+            for number in itertools.count():
+                block = base.read(_BLOCK_BYTES)
+                if not block:
+                    break
+                if any(block):
+                    packed.write(_AT.pack(number * _BLOCK_BYTES) + block)
+        packed.write(_AT.pack(_END))
+        with recording.log.open("rb") as log:
+            packed.write(log.read(log_bytes))
+
+
+def load(source: Path, directory: Path) -> Recording:
+    base, log = directory / "base", directory / "log"
+    with source.open("rb") as file:
+        raw = io.BytesIO(zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file).read())
+    with base.open("wb") as out:
+        out.truncate(_DISK_BYTES)
+        while (at := _AT.unpack(raw.read(_AT.size))[0]) != _END:
+            out.seek(at)
+            out.write(raw.read(_BLOCK_BYTES))
+    log.write_bytes(raw.read())
+    return Recording(base, log, None)
+
+
+def check(
+    recording: Recording,
+    journey: str,
+    kind: str,
+    scratch: Path,
+    every: int = 1,
+    drops: Callable[[Entry], bool] = lambda entry: False,
+) -> Figures:
+    """At every n-th barrier. `drops`: as `Disk` takes it."""
     figures = Figures(journey, kind)
     image, cut = scratch / "image", scratch / "cut"
     _copy(recording.base, image)
-    disk = Disk(recording.log, image)
+    disk = Disk(recording.log, image, drops)
     reference = _final_trees(recording, scratch) if journey == "overlayfs" else {}
     try:
         for point, waiting in disk.points():
@@ -143,7 +189,10 @@ def _servers(root: Path, directory: Path) -> tuple[Daemon, Containerd]:
         (directory / name).mkdir(parents=True)
         (directory / name / "root").symlink_to(root / name)
     containerd_root = directory / "containerd" / "root"
-    daemon = Daemon(directory / "daemon", containerd_root, containerd_socket=str(directory / "containerd/c.sock"))
+    cache = '[cache]\nmax_size = "0"\n'
+    daemon = Daemon(
+        directory / "daemon", containerd_root, cache, containerd_socket=str(directory / "containerd/c.sock")
+    )
     return daemon, Containerd(releases()["later"], directory / "containerd", daemon.address)
 
 
@@ -303,6 +352,7 @@ def main() -> None:
     parser.add_argument("journey", choices=("direct", SNAPSHOTTER, "overlayfs"))
     parser.add_argument("kind", choices=tuple(FILE_SYSTEMS))
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--save", type=Path, help="the recording, for tests")
     options = parser.parse_args()
     from tests.harness import make_images
 
@@ -315,6 +365,8 @@ def main() -> None:
             lambda disks: NodeGuest(directory / "guest", disks, more), directory, images, options.journey, options.kind
         )
         print(f"recorded in {time.monotonic() - started:.0f} s, {IMAGE}")
+        if options.save:
+            save(recording, options.save)
         started = time.monotonic()
         figures = check(recording, options.journey, options.kind, directory, options.every)
         print(f"{summary(figures)}; {time.monotonic() - started:.0f} s")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -55,6 +55,12 @@ def read_log(log: Path) -> list[Entry]:
     return entries
 
 
+def log_size(log: Path) -> int:
+    """Bytes of the log that are in use."""
+    last = read_log(log)[-1]
+    return last.data_at + (0 if last.flags & (DISCARD | MARK) else last.size)
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """The power goes just when this entry, the last of `entries`, is on the disk."""
@@ -66,8 +72,10 @@ class Point:
 class Disk:
     """The recorded disk in a file, brought forward from barrier to barrier."""
 
-    def __init__(self, log: Path, image: Path) -> None:
-        """`image`: what the disk held before the first entry; it is changed."""
+    def __init__(self, log: Path, image: Path, drops: Callable[[Entry], bool] = lambda entry: False) -> None:
+        """`image`: what the disk held before the first entry; it is changed. `drops`: of a disk that says of some
+        writes that it has done them, and has not."""
+        self._drops = drops
         self.entries = read_log(log)
         self._log = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
         self._image = os.open(image, os.O_RDWR | os.O_CLOEXEC)
@@ -97,7 +105,7 @@ class Disk:
     def apply(self, entry: Entry, image_fd: int | None = None) -> None:
         """To the disk, or to a copy of it."""
         fd = self._image if image_fd is None else image_fd
-        if entry.flags & DISCARD:
+        if entry.flags & DISCARD or self._drops(entry):
             return  # what is discarded may stay as it was
         if entry.size:
             data = os.pread(self._log, entry.size, entry.data_at)
