@@ -35,10 +35,20 @@ from tests.powercut.journey import IMAGE
 from tests.powercut.write_log import Disk, Entry, Point, log_size, some_of
 
 FILE_SYSTEMS: Final = {
-    # Nothing is left for the kernel to initialise behind the journey's back.
-    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-J", "size=16"),
+    # Nothing is left for the kernel to initialise behind the journey's back; long attributes are for overlayfs.
+    "ext4": (
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-O",
+        "ea_inode",
+        "-E",
+        "lazy_itable_init=0,lazy_journal_init=0",
+        "-J",
+        "size=16",
+    ),
     "xfs": ("mkfs.xfs", "-q", "-f"),
-}
+}  # fmt: skip
 _DISK_BYTES: Final = 320 << 20
 _LOG_BYTES: Final = 4 << 30
 _BLOCK_BYTES: Final = 4096
