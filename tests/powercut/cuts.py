@@ -236,9 +236,10 @@ def _judge(figures: Figures, root: Path, scratch: Path, point: Point, what: str,
                     else:
                         figures.failed.append(f"{what}: snapshot {snapshot.name} has no good layer")
             figures.lost += [f"{what}: {name}" for name in sorted(expected - found)]
-            # A build that an unpacker may still wait for begins again at a start, and ends.
+            # A build that an unpacker may still wait for begins again at a start: for a while there is a staged file,
+            # then, for a moment, a file in its place without a row.
             with contextlib.suppress(TimeoutError):
-                wait_for("no build runs", lambda: not daemon.staged(), 30)
+                wait_for("no build runs", lambda: not _left(daemon), 30)
             figures.left += [f"{what}: {name}" for name in _left(daemon)]
             if images is not None:
                 figures.retried += 1
