@@ -23,7 +23,9 @@ IMAGES = (
     "hello", "hello-zstd", "hello-plain", "hello-docker", "layers", "layers-zstd", "layers-plain", "layers-mixed",
     "many", "dup",
 )  # fmt: skip
-_TOOLS = ("runc", "skopeo", "docker-registry", "veritysetup", "strace", "zstd", "host-local")
+_TOOLS = (
+    "runc", "skopeo", "docker-registry", "veritysetup", "strace", "zstd", "host-local", "dmsetup", "mkfs.xfs",
+)  # fmt: skip
 
 
 T = TypeVar("T")

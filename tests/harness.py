@@ -85,12 +85,15 @@ def unmount_below(directory: Path) -> None:
 
 
 def host_state() -> frozenset[str]:
-    """Mounts, busy loop devices and processes of ours or containerd's: a test leaves them as they were."""
+    """Mounts, busy loop and dm devices, processes of ours or containerd's: a test leaves them as they were."""
     mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     found = {f"mount {entry.mount_point}" for entry in parse_mountinfo(mountinfo)}
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
             found.add(f"loop device over {backing.read_text().strip()}")
+    for name in Path("/sys/block").glob("dm-*/dm/name"):
+        with contextlib.suppress(OSError):
+            found.add(f"dm device {name.read_text().strip()}")
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             argv = (process / "cmdline").read_bytes().split(b"\0")
