@@ -20,7 +20,15 @@ from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.parameters import Output
 from snapshotter import metrics
 from snapshotter.content import Blob, Caller, Content
-from snapshotter.errors import DataLoss, DeadlineExceeded, InvalidArgument, NotFound, Unavailable, translate
+from snapshotter.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    SnapshotterError,
+    Unavailable,
+    translate,
+)
 from snapshotter.layerstore import LayerStore, Staged
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore
@@ -356,7 +364,7 @@ class Builder:
             trace("build.published")
             try:
                 layer = await self._metastore.publish(record, compression, seconds)
-            except BaseException:
+            except SnapshotterError:
                 if there is None:
                     await self.withdraw(record.diff_id, record.format)
                 raise

@@ -14,6 +14,7 @@ from blockdev.formats.layer_writer import LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import LayerRecord
 from snapshotter.builder import Builder
+from snapshotter.errors import SnapshotterError
 from snapshotter.layerstore import LayerStore, Staged
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState, Metastore
@@ -61,7 +62,7 @@ class Made:
         await self._builder.renew(built.diff_id, built.format)
         try:
             layer = await self._metastore.publish_layer(built, time.monotonic() - started)
-        except BaseException:
+        except SnapshotterError:
             if there is None:
                 await self._builder.withdraw(built.diff_id, built.format)
             raise

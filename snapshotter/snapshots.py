@@ -42,7 +42,7 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.log import get_logger
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
-from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component
+from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component, namespace_of
 from snapshotter.repair import Repair
 from snapshotter.sidecars import Sidecars
 from snapshotter.tasks import Background, to_the_end
@@ -148,6 +148,14 @@ class Snapshots:
             raise InvalidArgument("a snapshot cannot be committed without a name")
         # First: a caller that did not hear of its commit asks again, and its key is gone.
         if await self._metastore.find(self._known(snapshotter), name):
+            if is_extraction(key) and await self._metastore.find(snapshotter, key):
+                # containerd counts its names, and takes this for success: its own record of the snapshot is missing.
+                self._log.error(
+                    "a name that containerd has given before: its metadata was lost, or is an older copy; have what only"
+                    f" we know removed, by `ctr -n {namespace_of(key)} snapshots --snapshotter {snapshotter} prepare x`"
+                    " and the same with `rm x`, wait for its garbage collector, and pull again",
+                    name=name,
+                )
             raise AlreadyExists(f"snapshot {name!r} of {snapshotter} exists already")
         snapshot = await self._metastore.stat(snapshotter, key)
         if snapshot.kind is not Kind.ACTIVE:
