@@ -151,8 +151,8 @@ class Snapshots:
             if is_extraction(key) and await self._metastore.find(snapshotter, key):
                 # containerd counts its names, and takes this for success: its own record of the snapshot is missing.
                 self._log.error(
-                    "a name that containerd has given before: its metadata was lost, or is an older copy; have what only"
-                    f" we know removed, by `ctr -n {namespace_of(key)} snapshots --snapshotter {snapshotter} prepare x`"
+                    "a name that containerd has given before: its metadata was lost, or is an older copy; have what"
+                    f" only we know removed, by `ctr -n {namespace_of(key)} snapshots --snapshotter {snapshotter} prepare x`"
                     " and the same with `rm x`, wait for its garbage collector, and pull again",
                     name=name,
                 )
