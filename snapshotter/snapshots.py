@@ -152,8 +152,10 @@ class Snapshots:
                 # containerd counts its names, and takes this for success: its own record of the snapshot is missing.
                 self._log.error(
                     "a name that containerd has given before: its metadata was lost, or is an older copy; have what"
-                    f" only we know removed, by `ctr -n {namespace_of(key)} snapshots --snapshotter {snapshotter} prepare x`"
-                    " and the same with `rm x`, wait for its garbage collector, and pull again",
+                    " only we know removed, by `ctr -n NAMESPACE snapshots --snapshotter NAME prepare x` and the same"
+                    " with `rm x`, wait for its garbage collector, and pull again",
+                    namespace=namespace_of(key),
+                    snapshotter=snapshotter,
                     name=name,
                 )
             raise AlreadyExists(f"snapshot {name!r} of {snapshotter} exists already")
