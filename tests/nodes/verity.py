@@ -144,12 +144,12 @@ def main() -> None:
         started = time.monotonic()
         point = Path("/tmp/point")
         point.mkdir()
-        for number in range(50):
+        for number in range(5):
             mounts.mount_verified(
                 path, point, 512, geometry(layer), bytes.fromhex(layer.root_hash), f"tardev-n{number}"
             )
             mounts.unmount(point)
-        said["milliseconds_each"] = round(20 * (time.monotonic() - started), 1)
+        said["milliseconds_each"] = round(200 * (time.monotonic() - started), 1)
         wait_for("devices go", lambda: not devices())
     print(json.dumps(said))
 
