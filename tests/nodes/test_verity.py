@@ -11,7 +11,7 @@ from tests.nodes.test_node import last_document
 pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.tool, pytest.mark.containerd]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_containers_read_what_the_root_hash_vouches_for(boot: Boot) -> None:
     said = last_document(boot().python("tests.nodes.verity", seconds=1100))
