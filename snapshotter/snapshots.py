@@ -150,7 +150,7 @@ class Snapshots:
         if await self._metastore.find(self._known(snapshotter), name):
             if is_extraction(key) and await self._metastore.find(snapshotter, key):
                 # containerd counts its names, and takes this for success: its own record of the snapshot is missing.
-                self._log.error(
+                self._log.warning(
                     "a name that containerd has given before: its metadata was lost, or is an older copy; have what"
                     " only we know removed, by `ctr -n NAMESPACE snapshots --snapshotter NAME prepare x` and the same"
                     " with `rm x`, wait for its garbage collector, and pull again",
