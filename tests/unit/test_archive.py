@@ -154,7 +154,9 @@ async def test_it_keeps_what_reading_needs_and_no_more(top: Path) -> None:
             assert len([target for target in found if target.startswith("pipe:")]) == 1
             assert not [target for target in found if target.startswith("socket:")]
         limits = limits_of(pid)
-        assert int(limits["open files"]) < 64
+        # By the numbers that this process gave it, and a few for the directories that it goes through.
+        highest = max(map(int, os.listdir(f"/proc/{pid}/fd")))
+        assert int(limits["open files"]) <= highest + 32
         assert limits["core file size"] == "0"
         await read(archive.fd)
         assert await archive.finish() is not None
