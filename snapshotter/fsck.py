@@ -110,16 +110,16 @@ class Fsck:
     async def _left_over(self, *, repair: bool) -> list[tuple[Action, Finding]]:
         async with self._builder.publishing:
             actions = reconcile.plan(await inventory.take(self._parts))
-            failed = dict(await reconcile.apply(actions, self._parts)) if repair else {}
+            reasons = await reconcile.apply(actions, self._parts) if repair else [""] * len(actions)
         findings: list[tuple[Action, Finding]] = []
-        for action in actions:
+        for action, why in zip(actions, reasons, strict=True):
             what, problem = _described(action)
             if isinstance(action, Quarantine):
                 finding = await self._told(BrokenLayer(action.layer, action.reason), repair=repair)
             elif not repair:
                 finding = Finding(what, problem)
-            elif action in failed:
-                finding = Finding(what, problem, "not repaired", failed[action])
+            elif why:
+                finding = Finding(what, problem, "not repaired", why)
             else:
                 finding = Finding(what, problem, "repaired")
             findings.append((action, finding))

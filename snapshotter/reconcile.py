@@ -135,21 +135,23 @@ def plan(inventory: Inventory) -> list[Action]:
     return actions
 
 
-async def apply(actions: Sequence[Action], parts: Parts) -> list[tuple[Action, str]]:
-    """Every action that can be done; the others, with why not, are logged, and wait for the next time."""
+async def apply(actions: Sequence[Action], parts: Parts) -> list[str]:
+    """Every action that can be done; the others are logged, and wait for the next time. For each, why it was not done;
+    "" where it was."""
     log = get_logger()
-    failed = []
+    reasons = []
     for action in actions:
         log.info("reconcile", action=type(action).__name__, detail=str(action))
         trace("reconcile.action")
+        why = ""
         try:
             await _do(action, parts)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             log.error("reconcile failed", action=str(action), error=why)
-            failed.append((action, why))
+        reasons.append(why)
         trace("reconcile.done")
-    return failed
+    return reasons
 
 
 async def _do(action: Action, parts: Parts) -> None:

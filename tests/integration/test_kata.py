@@ -242,7 +242,8 @@ def test_killed_in_a_remove(node: Kata, point: str) -> None:
     assert node.links() == {node.link("b")}
 
 
-def test_what_is_lost_odd_or_left_over_a_start_mends(node: Kata) -> None:
+@pytest.mark.parametrize("by", ["a start", "fsck"])
+def test_what_is_lost_odd_or_left_over_is_mended(node: Kata, by: str) -> None:
     top = chain(node.api, "a", "b", "c")
     node.link("a").unlink()
     node.link("a", "b").unlink()
@@ -252,7 +253,11 @@ def test_what_is_lost_odd_or_left_over_a_start_mends(node: Kata) -> None:
     (node.directory / ("f" * 64)).write_bytes(b"left over")
     (node.directory / ("." + "e" * 64)).write_bytes(b"left over")
     (node.directory / "stray").write_bytes(b"somebody's")
-    node.restart()
+    if by == "a start":
+        node.restart()
+    else:
+        assert {found["outcome"] for found in node.daemon.tardevctl("fsck", "--repair")} == {"repaired"}
+        assert node.daemon.tardevctl("fsck") == []
     for layers in ("a", "ab", "abc"):
         assert os.path.samestat(os.lstat(node.link(*layers)), node.file(layers[-1]).stat())
     assert node.links() == {node.link("a"), node.link("a", "b"), node.link("a", "b", "c"), node.directory / "stray"}
