@@ -25,7 +25,6 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer, LayerID
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
-from verity.tree import Geometry
 
 
 class BrokenLayer(DataLoss):
@@ -129,8 +128,7 @@ class Activation:
         if not self._verity:
             mounts.mount_erofs(file, point, layer_format.block_bytes, file_backed=self._file_backed)
             return
-        params = layer_format.params
-        geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
+        geometry = layer_format.geometry(layer.data_size_bytes)
         name = f"{self._prefix}{layer.id:x}-{os.urandom(4).hex()}"
         mounts.mount_verified(file, point, layer_format.block_bytes, geometry, bytes.fromhex(layer.root_hash), name)
 

@@ -16,7 +16,7 @@ from blockdev.errors import BlockdevError, BuildFailed
 from blockdev.formats.compression import Compression, compression_of
 from blockdev.formats.limits import Limits
 from blockdev.workers.archive import Archive, ArchiveRecord, ArchiveRequest, archiving
-from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
+from blockdev.workers.launch import BuildRecord, BuildRequest, LayerRecord, run_build
 from blockdev.workers.parameters import Output
 from snapshotter import metrics
 from snapshotter.content import Blob, Caller, Content
@@ -357,33 +357,39 @@ class Builder:
         async with self.publishing:
             there = await self._metastore.layer(record.diff_id, record.format)
             # The same tar came in another compression: its file is there, only the mapping is new.
-            replaced = there is None or there.state is not LayerState.READY or not await self._is_whole(there)
-            if replaced:
-                await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
-                await self.renew(record.diff_id, record.format)
-            trace("build.published")
-            try:
-                layer = await self._metastore.publish(record, compression, seconds)
-            except SnapshotterError:
-                if there is None:
-                    await self.withdraw(record.diff_id, record.format)
-                raise
-            self.touch(layer)
+            is_whole = there is not None and there.state is LayerState.READY and await self._is_whole(there)
+
+            async def recorded() -> Layer:
+                trace("build.published")
+                return await self._metastore.publish(record, compression, seconds)
+
+            return await self.publish(None if is_whole else staged, record, there, recorded)
+
+    async def publish(
+        self, staged: Staged | None, record: LayerRecord, there: Layer | None, recorded: Callable[[], Awaitable[Layer]]
+    ) -> Layer:
+        """Under `publishing`: the file in its place, if there is a new one, and then the row by `recorded`. `there`:
+        the layer as it was before. Raises OSError, and what `recorded` raises."""
+        if staged is not None:
+            await asyncio.to_thread(self._store.publish, staged, record.diff_id, record.format)
+            if there is not None:
+                # Before its row is READY again, so is what was made of the old file.
+                await self._renew(there)
+        try:
+            layer = await recorded()
+        except SnapshotterError:
+            if there is None:
+                await self._withdraw(record)
+            raise
+        self.touch(layer)
         return layer
 
-    async def withdraw(self, diff_id: str, format: str) -> None:
+    async def _withdraw(self, record: LayerRecord) -> None:
         """A file that is in its place, and whose row did not come: on a full disk above all nobody has use for it."""
         try:
-            await asyncio.to_thread(self._store.delete, diff_id, format)
+            await asyncio.to_thread(self._store.delete, record.diff_id, record.format)
         except OSError as error:
-            self._log.error("a file without a row is left for the next start", diff_id=diff_id, error=str(error))
-
-    async def renew(self, diff_id: str, format: str) -> None:
-        """The layer, if there was one before, has a new file: before its row is READY again, so is what was made of
-        the old one."""
-        there = await self._metastore.layer(diff_id, format)
-        if there is not None:
-            await self._renew(there)
+            self._log.error("a file without a row is left for the next start", diff_id=record.diff_id, error=str(error))
 
     def touch(self, layer: Layer) -> None:
         """For a while now it is one of `recent`."""

@@ -98,12 +98,6 @@ async def _scrub(node: Node, interval_seconds: float, bytes_per_second: int) -> 
             await asyncio.sleep(_TIDY_SECONDS)
 
 
-def free_space(root: Path) -> int:
-    """Bytes. Raises OSError."""
-    space = os.statvfs(root)
-    return space.f_bavail * space.f_frsize
-
-
 def real_path(path: str) -> Path:
     """Without symlinks, as the kernel's mount table has it."""
     return Path(os.path.realpath(path))
@@ -156,14 +150,13 @@ async def opened(
         metastore = Metastore(root / FILE_NAME, unmounted=unmounted, reserve=reserve)
         at_end.push_async_callback(metastore.close)
         trace("boot.opened")
-        free_bytes = config.parse_size(settings.builds.free_space_reserve)
         trash = Trash(
             root,
             bytes_per_second=config.parse_size(settings.cache.delete_rate),
-            in_a_hurry=lambda: free_space(root) < free_bytes,
+            in_a_hurry=lambda: store.is_short_of_space(),
         )
         at_end.callback(trash.close)
-        store = LayerStore(root, trash, reserve_bytes=free_bytes)
+        store = LayerStore(root, trash, reserve_bytes=config.parse_size(settings.builds.free_space_reserve))
         directories = Directories(root, trash)
         activation = Activation(
             root,

@@ -32,7 +32,6 @@ from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 from snapshotter.trash import Trash
 from verity.errors import VerificationFailed
-from verity.tree import Geometry
 from verity.verify import verify_all
 
 # Of a whole layer file, in ns since the epoch: what no write(2) and no copy leaves. Whole seconds, for file systems
@@ -88,11 +87,15 @@ class LayerStore:
     def table_path(self, diff_id: str, format: str) -> Path:
         return _place(self._tables, diff_id, format)
 
+    def is_short_of_space(self) -> bool:
+        """Less is free than builds leave to the others. Raises OSError."""
+        space = os.statvfs(self.staging)
+        return space.f_bavail * space.f_frsize < self._reserve
+
     @asynccontextmanager
     async def staged(self) -> AsyncIterator[Staged]:
         """What `publish` has not taken is gone at the end. Raises ResourceExhausted below the reserve, OSError."""
-        space = os.statvfs(self.staging)
-        if space.f_bavail * space.f_frsize < self._reserve:
+        if self.is_short_of_space():
             raise ResourceExhausted(f"less than {self._reserve} bytes are free below {self.root}: no build is started")
         fd, name = tempfile.mkstemp(dir=self.staging)
         opened = [fd]
@@ -190,8 +193,7 @@ class LayerStore:
         Where `pace` is given, one thread reads, and from the disk: what pods have in memory neither hides what is wrong
         there nor is driven out. Raises OSError (FileNotFoundError too), and what `pace` raises.
         """
-        params = format_named(layer.format).params
-        geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
+        geometry = format_named(layer.format).geometry(layer.data_size_bytes)
         path = self.path(layer.diff_id, layer.format)
         with path.open("rb", buffering=0) as file, opened_direct(path) as read_direct:
             before = os.fstat(file.fileno())

@@ -14,7 +14,6 @@ from blockdev.formats.layer_writer import LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import LayerRecord
 from snapshotter.builder import Builder
-from snapshotter.errors import SnapshotterError
 from snapshotter.layerstore import LayerStore, Staged
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState, Metastore
@@ -57,16 +56,12 @@ class Made:
 
     async def _publish(self, staged: Staged, built: LayerRecord, started: float) -> Layer:
         there = await self._metastore.layer(built.diff_id, built.format)
-        await asyncio.to_thread(self._store.publish, staged, built.diff_id, built.format)
-        trace("made.published")
-        await self._builder.renew(built.diff_id, built.format)
-        try:
-            layer = await self._metastore.publish_layer(built, time.monotonic() - started)
-        except SnapshotterError:
-            if there is None:
-                await self._builder.withdraw(built.diff_id, built.format)
-            raise
-        self._builder.touch(layer)
+
+        async def recorded() -> Layer:
+            trace("made.published")
+            return await self._metastore.publish_layer(built, time.monotonic() - started)
+
+        layer = await self._builder.publish(staged, built, there, recorded)
         self._log.info(
             "layer made", diff_id=layer.diff_id, format=layer.format, root_hash=layer.root_hash, entries=layer.entries
         )

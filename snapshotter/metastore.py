@@ -212,6 +212,8 @@ def _layer(row: tuple[object, ...]) -> Layer:
         fields[9] = {str(kind): int(count) for kind, count in json.loads(str(fields[9])).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         fields[9], fields[10] = {}, LayerState.BROKEN
+    if not _ROOT_HASH.match(str(fields[3])):
+        fields[10] = LayerState.BROKEN
     return Layer(*fields)  # type: ignore[arg-type]
 
 

@@ -30,7 +30,6 @@ from snapshotter.made import Made, identity
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
 from verity.buffers import ReadAt
 from verity.errors import VerityError
-from verity.tree import Geometry
 from verity.verify import VerifiedReader
 
 _REMEMBERED: Final = 1000
@@ -173,8 +172,7 @@ class _Files:
             fd = self._descriptor(self._store.path(layer.diff_id, layer.format))
         except FileNotFoundError as error:
             raise BrokenLayer(layer, error.strerror or str(error)) from None
-        params = FORMATS[layer.format].params
-        geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
+        geometry = FORMATS[layer.format].geometry(layer.data_size_bytes)
         verified = VerifiedReader(
             lambda offset, size: os.pread(fd, size, offset), geometry, bytes.fromhex(layer.root_hash)
         )

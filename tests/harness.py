@@ -32,7 +32,6 @@ from blockdev.kernel.mounts import mounted_below, parse_mountinfo
 from snapshotter import metastore
 from snapshotter.api.proto import diff_pb2_grpc, snapshots_pb2_grpc
 from verity import veritysetup
-from verity.tree import Geometry
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CACHE = CHECKOUT / ".cache"
@@ -229,8 +228,7 @@ class Daemon(Server):
     def verify_layer(self, layer: Mapping[str, Any]) -> None:
         """cryptsetup's veritysetup, which knows nothing of us, about a row of `tardevctl layers`."""
         path = self.root / "layers" / layer["format"] / layer["diff_id"].removeprefix("sha256:")
-        params = FORMATS[layer["format"]].params
-        geometry = Geometry(layer["data_size_bytes"] // params.data_block_bytes, params)
+        geometry = FORMATS[layer["format"]].geometry(layer["data_size_bytes"])
         veritysetup.verify(str(path), geometry, bytes.fromhex(layer["root_hash"]))
 
     def mounts(self) -> list[str]:

@@ -50,6 +50,10 @@ class Format:
     parents: str | None = None
     of_chain: bool = False
 
+    def geometry(self, data_size_bytes: int) -> Geometry:
+        """Of the hash tree over so many bytes of data, which are whole blocks."""
+        return Geometry(data_size_bytes // self.params.data_block_bytes, self.params)
+
 
 FORMATS: Final = {
     known.name: known

@@ -22,7 +22,6 @@ from snapshotter.contracts.kata_tardev import layer_name
 from snapshotter.metastore import Kind, Layer, LayerState, Snapshot
 from tests.harness import Daemon
 from verity.errors import VerityError
-from verity.tree import Geometry
 from verity.verify import verify_all
 
 # Of a root, but for links directories of other names.
@@ -66,8 +65,7 @@ def unsound(daemon: Daemon, layer: Layer) -> str:
     if layer.state is not LayerState.READY:
         return f"is {layer.state}"
     path = daemon.root / "layers" / layer.format / layer.diff_id.removeprefix("sha256:")
-    params = FORMATS[layer.format].params
-    geometry = Geometry(layer.data_size_bytes // params.data_block_bytes, params)
+    geometry = FORMATS[layer.format].geometry(layer.data_size_bytes)
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:

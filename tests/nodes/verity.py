@@ -19,7 +19,6 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import Layer
 from tests.harness import Containerd, ProcessFailed, run, wait_for
 from tests.nodes.node import a_node
-from verity.tree import Geometry
 
 IMAGE = "localhost/tardev-test/hello:latest"
 TEXT = b"hello from a tar layer"
@@ -51,17 +50,14 @@ def end(containerd: Containerd, name: str) -> None:
     containerd.ctr("containers", "delete", name)
 
 
-def geometry(layer: Layer) -> Geometry:
-    params = format_named(layer.format).params
-    return Geometry(layer.data_size_bytes // params.data_block_bytes, params)
-
-
 def refused(path: Path, layer: Layer, directory: Path) -> str:
     """Why the layer is not mounted under another root hash."""
     wrong = bytes.fromhex(layer.root_hash)[:-1] + b"\0"
     directory.mkdir(exist_ok=True)
     try:
-        mounts.mount_verified(path, directory, 512, geometry(layer), wrong, "tardev-wrong")
+        mounts.mount_verified(
+            path, directory, 512, format_named(layer.format).geometry(layer.data_size_bytes), wrong, "tardev-wrong"
+        )
     except KernelError as error:
         return str(error)
     return ""
@@ -74,7 +70,10 @@ def die_between_device_and_mount(path: str, diff_id: str, root: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     device = loop.attach_read_only(fd, 512)
     with devmapper.verity_device(
-        name, os.readlink(f"/proc/self/fd/{device}"), geometry(layer), bytes.fromhex(layer.root_hash)
+        name,
+        os.readlink(f"/proc/self/fd/{device}"),
+        format_named(layer.format).geometry(layer.data_size_bytes),
+        bytes.fromhex(layer.root_hash),
     ):
         os._exit(0)
 
@@ -146,7 +145,12 @@ def main() -> None:
         point.mkdir()
         for number in range(5):
             mounts.mount_verified(
-                path, point, 512, geometry(layer), bytes.fromhex(layer.root_hash), f"tardev-n{number}"
+                path,
+                point,
+                512,
+                format_named(layer.format).geometry(layer.data_size_bytes),
+                bytes.fromhex(layer.root_hash),
+                f"tardev-n{number}",
             )
             mounts.unmount(point)
         said["milliseconds_each"] = round(200 * (time.monotonic() - started), 1)

@@ -10,12 +10,6 @@ import pytest
 from blockdev.errors import KernelError
 from blockdev.formats.layer_file import FORMATS
 from blockdev.kernel import devmapper
-from verity.tree import Geometry
-
-
-def geometry(name: str, data_size_bytes: int) -> Geometry:
-    params = FORMATS[name].params
-    return Geometry(data_size_bytes // params.data_block_bytes, params)
 
 
 def test_a_request_is_the_kernels_structure() -> None:
@@ -45,12 +39,12 @@ def test_a_target_is_aligned_and_ends_with_a_nul() -> None:
 
 def test_the_table_is_that_of_the_kernels_document() -> None:
     root = bytes(range(32))
-    table = devmapper.verity_table("/dev/loop7", geometry("tar-index", 1 << 20), root)
+    table = devmapper.verity_table("/dev/loop7", FORMATS["tar-index"].geometry(1 << 20), root)
     assert table == f"1 /dev/loop7 /dev/loop7 512 4096 2048 256 sha256 {root.hex()} {'00' * 32}"
-    table = devmapper.verity_table("/dev/loop7", geometry("erofs-4k", 1 << 20), root)
+    table = devmapper.verity_table("/dev/loop7", FORMATS["erofs-4k"].geometry(1 << 20), root)
     assert table == f"1 /dev/loop7 /dev/loop7 4096 4096 256 256 sha256 {root.hex()} {'00' * 32}"
     with pytest.raises(ValueError, match="hash block"):
-        devmapper.verity_table("/dev/loop7", geometry("tar-index", 4096 + 512), root)
+        devmapper.verity_table("/dev/loop7", FORMATS["tar-index"].geometry(4096 + 512), root)
 
 
 def test_a_list_of_devices_is_read_to_its_end() -> None:

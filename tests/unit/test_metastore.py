@@ -454,6 +454,17 @@ async def test_a_broken_layer_is_ready_when_it_was_built_again(store: Metastore)
     assert replace(again, verified_ns=layer.verified_ns) == layer
 
 
+@pytest.mark.parametrize("spoilt", ["", "d" * 63, "x" * 64, "d" * 64 + "\n"])
+async def test_a_layer_whose_row_has_no_root_hash_is_broken(store: Metastore, path: Path, spoilt: str) -> None:
+    layer = await store.publish(record(), "gzip", 1.0)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE layers SET root_hash = ?", (spoilt,))
+        other.commit()
+    assert (await store.layer_by_id(layer.id) or layer).state is LayerState.BROKEN
+    again = await store.publish(record(), "gzip", 1.0)
+    assert (again.state, again.root_hash) == (LayerState.READY, layer.root_hash)
+
+
 async def test_other_bytes_for_the_same_layer_are_refused_and_not_mapped(store: Metastore) -> None:
     layer = await store.publish(record(), "gzip", 1.0)
     await store.mark_broken([layer.id])
