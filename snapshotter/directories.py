@@ -21,13 +21,25 @@ from snapshotter.trace import trace
 from snapshotter.trash import Trash
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAME: Final = "snapshots"
 _PARTS: Final = ("fs", "work")
 _ID_DIGITS_MAX: Final = 18  # a row's id has 63 bits
 
 
+def owner(filled: str, root: Path) -> SnapshotID | None:
+    """The snapshot that has this path for what is written to it, below this root."""
+    path = Path(os.path.normpath(filled))
+    number = path.parent.name
+    ours = path.name == "fs" and path.parent.parent == root / _NAME
+    if ours and number.isascii() and number.isdigit() and len(number) <= _ID_DIGITS_MAX:
+        return SnapshotID(int(number))
+    return None
+
+
 class Directories:
     def __init__(self, root: Path, trash: Trash) -> None:
-        self._directory = root / "snapshots"
+        self.root = root
+        self._directory = root / _NAME
         self._trash = trash
 
     def prepare(self) -> None:
@@ -61,12 +73,7 @@ class Directories:
 
     def owner(self, filled: str) -> SnapshotID | None:
         """The snapshot whose `filled` this path is, if it is one of ours."""
-        path = Path(os.path.normpath(filled))
-        number = path.parent.name
-        ours = path.name == "fs" and path.parent.parent == self._directory
-        if ours and number.isascii() and number.isdigit() and len(number) <= _ID_DIGITS_MAX:
-            return SnapshotID(int(number))
-        return None
+        return owner(filled, self.root)
 
     def make(self, snapshot_id: SnapshotID) -> None:
         """Whole when it returns; may be done again. Raises OSError."""

@@ -13,10 +13,10 @@ import grpc
 from snapshotter.api.proto import maintenance_pb2, maintenance_pb2_grpc
 from snapshotter.collector import Collected
 from snapshotter.config import Config
-from snapshotter.daemon import Node, opened
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.fsck import Checked, Finding
 from snapshotter.metastore import FILE_NAME
+from snapshotter.node import Node, opened
 
 
 async def check(

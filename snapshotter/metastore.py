@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite: what snapshots, layers and blobs there are. One function per transaction, one thread for all.
+"""SQLite: what snapshots, layers and blobs there are. One function per transaction, one thread for all that write.
+
+Reads have connections of their own and never wait for it: each sees what was committed when it began
+(sqlite.org/isolation.html). A write whose caller has gone away may still be on its way then.
 
 `synchronous=FULL` in WAL mode syncs the log at each commit, so a transaction that has returned
 survives a power cut (sqlite.org/pragma.html#pragma_synchronous).
@@ -19,6 +22,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
 
@@ -309,6 +313,14 @@ class _Database:
             raise
         return result
 
+    def reading(self, work: Callable[[], _T]) -> _T:
+        """All that `work` reads is of one moment."""
+        self.connection.execute("BEGIN")
+        try:
+            return work()
+        finally:
+            self.connection.execute("COMMIT")
+
     def snapshot(self, snapshotter: str, name: str) -> Snapshot | None:
         row = self.connection.execute(
             f"SELECT {_SNAPSHOT} WHERE s.snapshotter = ? AND s.name = ?", (snapshotter, name)
@@ -330,6 +342,12 @@ class _Database:
             f"SELECT {_SNAPSHOT} WHERE ?1 IS NULL OR s.snapshotter = ?1 ORDER BY s.id", (snapshotter,)
         )
         return _parents_first([_snapshot(row) for row in rows])
+
+    def unfilled(self) -> list[Snapshot]:
+        rows = self.connection.execute(
+            f"SELECT {_SNAPSHOT} WHERE s.extraction AND s.kind = ? AND s.layer_id IS NULL ORDER BY s.id", (Kind.ACTIVE,)
+        )
+        return [_snapshot(row) for row in rows]
 
     def walk(
         self, snapshotter: str, names: frozenset[str] | None, parents: frozenset[str] | None
@@ -650,13 +668,24 @@ class Metastore:
     def __init__(self, path: Path, *, unmounted: frozenset[str] = frozenset(), reserve: Reserve | None = None) -> None:
         self._path, self._unmounted, self._reserve = path, unmounted, reserve
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metastore")
-        try:
-            self._database = self._thread.submit(_Database, path, read_only=False).result()
-        except sqlite3.Error as error:
-            raise _translated(error, str(path), path.parent) from error
+        self._scanning = ThreadPoolExecutor(1, thread_name_prefix="metastore-scan")
+        with ExitStack() as undo:
+            try:
+                self._database = self._thread.submit(_Database, path, read_only=False).result()
+                undo.callback(self._database.connection.close)
+                self._looked_in = _Database(path, read_only=True)
+                undo.callback(self._looked_in.connection.close)
+                self._scanned = _Database(path, read_only=True)
+            except sqlite3.Error as error:
+                raise _translated(error, str(path), path.parent) from error
+            undo.pop_all()
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._database.connection.close)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._scanning, self._scanned.connection.close)
+        self._looked_in.connection.close()
+        await loop.run_in_executor(self._thread, self._database.connection.close)
+        self._scanning.shutdown()
         self._thread.shutdown()
 
     async def _make_room(
@@ -679,19 +708,49 @@ class Metastore:
 
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, call))
 
+    async def _look(
+        self, work: Callable[Concatenate[_Database, _P], _T], *arguments: _P.args, **named: _P.kwargs
+    ) -> _T:
+        """Few rows, found by an index: some tens of microseconds of the event loop, less than a thread would cost it.
+        They come from memory, for they are read all the time."""
+        return self._read(self._looked_in, work, *arguments, **named)
+
+    async def _scan(
+        self, work: Callable[Concatenate[_Database, _P], _T], *arguments: _P.args, **named: _P.kwargs
+    ) -> _T:
+        """All rows, in a thread."""
+        call = partial(self._read, self._scanned, work, *arguments, **named)
+        return await asyncio.get_running_loop().run_in_executor(self._scanning, call)
+
+    def _read(
+        self,
+        database: _Database,
+        work: Callable[Concatenate[_Database, _P], _T],
+        *arguments: _P.args,
+        **named: _P.kwargs,
+    ) -> _T:
+        try:
+            return database.reading(lambda: work(database, *arguments, **named))
+        except sqlite3.Error as error:
+            raise _translated(error, "metadata", self._path.parent) from error
+
     async def stat(self, snapshotter: str, name: str) -> Snapshot:
         """Raises NotFound."""
-        return await self._run(_Database.existing, snapshotter, name)
+        return await self._look(_Database.existing, snapshotter, name)
 
     async def find(self, snapshotter: str, name: str) -> Snapshot | None:
-        return await self._run(_Database.snapshot, snapshotter, name)
+        return await self._look(_Database.snapshot, snapshotter, name)
 
     async def by_id(self, snapshot_id: SnapshotID) -> Snapshot | None:
-        return await self._run(_Database.by_id, snapshot_id)
+        return await self._look(_Database.by_id, snapshot_id)
 
     async def snapshots(self, snapshotter: str | None = None) -> list[Snapshot]:
         """Parents before their children."""
-        return await self._run(_Database.snapshots, snapshotter)
+        return await self._scan(_Database.snapshots, snapshotter)
+
+    async def unfilled(self) -> list[Snapshot]:
+        """Those that an unpacker has asked for, and that have no layer yet."""
+        return await self._scan(_Database.unfilled)
 
     async def walk(
         self, snapshotter: str, names: frozenset[str] | None = None, parents: frozenset[str] | None = None
@@ -753,26 +812,26 @@ class Metastore:
         return await self._run(_Database.update_labels, snapshotter, name, change)
 
     async def chain(self, snapshot_id: SnapshotID | None) -> list[Layer]:
-        return await self._run(_Database.chain, snapshot_id)
+        return await self._look(_Database.chain, snapshot_id)
 
     async def layers_in_use(self) -> set[LayerID]:
-        return await self._run(_Database.layers_in_use, self._unmounted)
+        return await self._scan(_Database.layers_in_use, self._unmounted)
 
     async def chain_ids(self, snapshot_id: SnapshotID | None) -> list[ChainID | None]:
         """In the order of `chain`, without a parents layer, which has none."""
-        return await self._run(_Database.chain_ids, snapshot_id)
+        return await self._look(_Database.chain_ids, snapshot_id)
 
     async def linked_layer(self, directory: str, chain: ChainID) -> LayerID | None:
         """The layer that any snapshot has linked there under the chain ID."""
-        return await self._run(_Database.linked_layer, directory, chain)
+        return await self._look(_Database.linked_layer, directory, chain)
 
     async def links_of(self, layer_id: LayerID) -> list[tuple[str, ChainID]]:
         """(links directory, chain ID) of each link to its file."""
-        return await self._run(_Database.links_of, layer_id)
+        return await self._look(_Database.links_of, layer_id)
 
     async def chains_linked(self, directory: str) -> list[ChainID]:
         """Those whose layer has a link there."""
-        return await self._run(_Database.chains_linked, directory)
+        return await self._scan(_Database.chains_linked, directory)
 
     async def set_links(self, snapshot_id: SnapshotID, directory: str) -> None:
         """Of a committed snapshot."""
@@ -780,24 +839,24 @@ class Metastore:
 
     async def has_container(self, parent_id: SnapshotID) -> bool:
         """Whether a container stands on it, and so on all layers below it."""
-        return await self._run(_Database.has_container, parent_id)
+        return await self._look(_Database.has_container, parent_id)
 
     async def layer(self, diff_id: str, format: str) -> Layer | None:
-        return await self._run(_Database.layer, diff_id, format)
+        return await self._look(_Database.layer, diff_id, format)
 
     async def layer_of_chain(self, parent: ChainID | None, chain: ChainID, format: str) -> Layer | None:
         """The READY layer that completes the chain above `parent`."""
-        return await self._run(_Database.layer_of_chain, parent, chain, format)
+        return await self._scan(_Database.layer_of_chain, parent, chain, format)
 
     async def layer_by_id(self, layer_id: LayerID) -> Layer | None:
-        return await self._run(_Database.layer_by_id, layer_id)
+        return await self._look(_Database.layer_by_id, layer_id)
 
     async def layers(self) -> list[Layer]:
-        return await self._run(_Database.layers)
+        return await self._scan(_Database.layers)
 
     async def blob(self, digest: str, compression: str) -> tuple[str, int] | None:
         """(diff ID, size in bytes) of a blob that was built before."""
-        return await self._run(_Database.blob, digest, compression)
+        return await self._look(_Database.blob, digest, compression)
 
     async def publish(self, record: BuildRecord, compression: str, build_seconds: float) -> Layer:
         """The layer READY and the mapping from its blob, in one transaction. Raises Internal."""
@@ -809,11 +868,11 @@ class Metastore:
 
     async def blobs_of(self, diff_id: str) -> list[tuple[str, str, int]]:
         """(digest, compression, size in bytes) of the blobs that a build has found to be the layer; smallest first."""
-        return await self._run(_Database.blobs_of, diff_id)
+        return await self._look(_Database.blobs_of, diff_id)
 
     async def users(self, layer_id: LayerID) -> list[Snapshot]:
         """Snapshots that refer to the layer."""
-        return await self._run(_Database.users, layer_id)
+        return await self._look(_Database.users, layer_id)
 
     async def mark_verified(self, layer_id: LayerID, at_ns: int) -> None:
         """Every block was checked, at this time since the epoch."""

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
@@ -19,13 +21,13 @@ from snapshotter.api.proto import (
     snapshots_pb2_grpc,
     types_pb2,
 )
-from snapshotter.collector import Collector
 from snapshotter.content import Blob, Caller
 from snapshotter.contracts import Mount
-from snapshotter.errors import one_line, translate
-from snapshotter.fsck import Checked, Finding, Fsck
+from snapshotter.errors import Unavailable, Unimplemented, one_line, translate
+from snapshotter.fsck import Checked, Finding
 from snapshotter.metastore import Kind, Snapshot
-from snapshotter.snapshots import Snapshots
+from snapshotter.node import Node
+from snapshotter.snapshots import Snapshots, applied_to
 
 _KINDS: Final = {
     Kind.VIEW: snapshots_pb2.VIEW,
@@ -67,27 +69,54 @@ def _info(snapshot: Snapshot) -> snapshots_pb2.Info:
     )
 
 
+class Waiting:
+    """The node, which calls wait for while a start recovers what was before it. `root`: its directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._node: asyncio.Future[Node] = asyncio.get_running_loop().create_future()
+
+    def over(self, node: Node) -> None:
+        self._node.set_result(node)
+
+    def failed(self, error: Exception) -> None:
+        """Whoever waits is told that, too."""
+        if not self._node.done():
+            self._node.set_exception(Unavailable(f"the start failed: {error}"))
+            self._node.exception()  # perhaps nobody waits
+
+    async def node(self) -> Node:
+        """Raises Unavailable."""
+        return await asyncio.shield(self._node)
+
+    async def snapshots(self) -> Snapshots:
+        """Raises Unavailable."""
+        return (await self.node()).snapshots
+
+
 class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
-    def __init__(self, snapshots: Snapshots) -> None:
-        self._snapshots = snapshots
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
 
     async def Prepare(self, request: Any, context: Any) -> snapshots_pb2.PrepareSnapshotResponse:
-        mounts = await self._snapshots.prepare(
+        snapshots = await self._waiting.snapshots()
+        mounts = await snapshots.prepare(
             request.snapshotter, request.key, request.parent, dict(request.labels), _caller(context, request.key)
         )
         return snapshots_pb2.PrepareSnapshotResponse(mounts=_mounts(mounts))
 
     async def View(self, request: Any, context: Any) -> snapshots_pb2.ViewSnapshotResponse:
-        mounts = await self._snapshots.view(request.snapshotter, request.key, request.parent, dict(request.labels))
+        snapshots = await self._waiting.snapshots()
+        mounts = await snapshots.view(request.snapshotter, request.key, request.parent, dict(request.labels))
         return snapshots_pb2.ViewSnapshotResponse(mounts=_mounts(mounts))
 
     async def Mounts(self, request: Any, context: Any) -> snapshots_pb2.MountsResponse:
-        return snapshots_pb2.MountsResponse(
-            mounts=_mounts(await self._snapshots.mounts(request.snapshotter, request.key))
-        )
+        snapshots = await self._waiting.snapshots()
+        return snapshots_pb2.MountsResponse(mounts=_mounts(await snapshots.mounts(request.snapshotter, request.key)))
 
     async def Commit(self, request: Any, context: Any) -> Empty:
-        await self._snapshots.commit(
+        snapshots = await self._waiting.snapshots()
+        await snapshots.commit(
             request.snapshotter,
             request.name,
             request.key,
@@ -98,23 +127,25 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
         return Empty()
 
     async def Remove(self, request: Any, context: Any) -> Empty:
-        await self._snapshots.remove(request.snapshotter, request.key)
+        snapshots = await self._waiting.snapshots()
+        await snapshots.remove(request.snapshotter, request.key)
         return Empty()
 
     async def Stat(self, request: Any, context: Any) -> snapshots_pb2.StatSnapshotResponse:
-        return snapshots_pb2.StatSnapshotResponse(
-            info=_info(await self._snapshots.stat(request.snapshotter, request.key))
-        )
+        snapshots = await self._waiting.snapshots()
+        return snapshots_pb2.StatSnapshotResponse(info=_info(await snapshots.stat(request.snapshotter, request.key)))
 
     async def Update(self, request: Any, context: Any) -> snapshots_pb2.UpdateSnapshotResponse:
-        snapshot = await self._snapshots.update(
+        snapshots = await self._waiting.snapshots()
+        snapshot = await snapshots.update(
             request.snapshotter, request.info.name, dict(request.info.labels), list(request.update_mask.paths)
         )
         return snapshots_pb2.UpdateSnapshotResponse(info=_info(snapshot))
 
     async def List(self, request: Any, context: Any) -> AsyncGenerator[snapshots_pb2.ListSnapshotsResponse, None]:
         message, size = snapshots_pb2.ListSnapshotsResponse(), 0
-        async with aclosing(self._snapshots.walk(request.snapshotter, list(request.filters))) as found:
+        snapshots = await self._waiting.snapshots()
+        async with aclosing(snapshots.walk(request.snapshotter, list(request.filters))) as found:
             async for snapshot in found:
                 info = _info(snapshot)
                 message.info.append(info)
@@ -126,27 +157,35 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
             yield message
 
     async def Usage(self, request: Any, context: Any) -> snapshots_pb2.UsageResponse:
-        use = await self._snapshots.usage(request.snapshotter, request.key)
+        snapshots = await self._waiting.snapshots()
+        use = await snapshots.usage(request.snapshotter, request.key)
         return snapshots_pb2.UsageResponse(size=use.size_bytes, inodes=use.inodes)
 
     async def Cleanup(self, request: Any, context: Any) -> Empty:
-        await self._snapshots.cleanup(request.snapshotter)
+        snapshots = await self._waiting.snapshots()
+        await snapshots.cleanup(request.snapshotter)
         return Empty()
 
 
 class DiffService(diff_pb2_grpc.DiffServicer):
-    def __init__(self, snapshots: Snapshots) -> None:
-        self._snapshots = snapshots
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
 
     async def Apply(self, request: Any, context: Any) -> diff_pb2.ApplyResponse:
         blob = Blob(request.diff.digest, request.diff.size, request.diff.media_type)
-        layer = await self._snapshots.apply(blob, _from_mounts(request.mounts), _caller(context))
+        mounts = _from_mounts(request.mounts)
+        if applied_to(mounts, self._waiting.root) is None:
+            # At once, before any recovery: as long as we do not answer, no snapshotter of the node can unpack.
+            raise Unimplemented("these mounts are not of this snapshotter")
+        snapshots = await self._waiting.snapshots()
+        layer = await snapshots.apply(blob, mounts, _caller(context))
         return diff_pb2.ApplyResponse(
             applied=types_pb2.Descriptor(media_type=_TAR, digest=layer.diff_id, size=layer.tar_size_bytes)
         )
 
     async def Diff(self, request: Any, context: Any) -> diff_pb2.DiffResponse:
-        blob = await self._snapshots.diff(
+        snapshots = await self._waiting.snapshots()
+        blob = await snapshots.diff(
             _from_mounts(request.left),
             _from_mounts(request.right),
             request.media_type,
@@ -163,12 +202,13 @@ class DiffService(diff_pb2_grpc.DiffServicer):
 class MaintenanceService(maintenance_pb2_grpc.MaintenanceServicer):
     """For tardevctl: as long as it takes, whatever bounds containerd's calls have."""
 
-    def __init__(self, fsck: Fsck, collector: Collector) -> None:
-        self._fsck, self._collector = fsck, collector
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
 
     async def Check(self, request: Any, context: Any) -> None:
         try:
-            check = self._fsck.check(
+            node = await self._waiting.node()
+            check = node.fsck.check(
                 repair=request.repair, bytes_per_second=request.bytes_per_second, blocks_only=request.blocks_only
             )
             async with aclosing(check) as events:
@@ -181,7 +221,8 @@ class MaintenanceService(maintenance_pb2_grpc.MaintenanceServicer):
 
     async def Collect(self, request: Any, context: Any) -> maintenance_pb2.CollectResponse:
         try:
-            done = await self._collector.collect(everything=request.everything)
+            node = await self._waiting.node()
+            done = await node.collector.collect(everything=request.everything)
             return maintenance_pb2.CollectResponse(layers=done.layers, size_bytes=done.size_bytes)
         except Exception as error:
             failure = translate(error)

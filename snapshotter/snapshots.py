@@ -27,7 +27,7 @@ from snapshotter.contracts import CONTRACTS, Contract, Lower, Mount, Place
 from snapshotter.contracts.limit import check_layers
 from snapshotter.contracts.mount import directories_of, extraction_mounts, own_directory
 from snapshotter.differ import Differ
-from snapshotter.directories import Directories
+from snapshotter.directories import Directories, owner
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -67,6 +67,11 @@ class Named:
     writable_bytes: int = 0
 
 
+def applied_to(mounts: Sequence[Mount], root: Path) -> SnapshotID | None:
+    """The snapshot below this root that an Apply into these mounts would fill."""
+    return next((found for path in directories_of(mounts) if (found := owner(path, root)) is not None), None)
+
+
 class Snapshots:
     def __init__(
         self,
@@ -102,8 +107,8 @@ class Snapshots:
     async def resume(self) -> None:
         """What an unpacker may still be filling since before the start; what was found broken, behind the answers."""
         self._background.later("layers that were found broken", self._repair.all_broken)
-        for snapshot in await self._metastore.snapshots():
-            if snapshot.snapshotter in self._names and snapshot.extraction and snapshot.layer_id is None:
+        for snapshot in await self._metastore.unfilled():
+            if snapshot.snapshotter in self._names:
                 self._expect(snapshot, Caller.of({}, snapshot.name))
 
     async def close(self) -> None:
@@ -272,7 +277,7 @@ class Snapshots:
 
     async def apply(self, blob: Blob, mounts: Sequence[Mount], caller: Caller) -> Layer:
         """Raises Unimplemented for mounts that are not ours, so that containerd asks the next differ."""
-        snapshot_id = self._ours(mounts)
+        snapshot_id = applied_to(mounts, self._directories.root)
         if snapshot_id is None:
             raise Unimplemented("these mounts are not of this snapshotter")
         snapshot = await self._metastore.by_id(snapshot_id)
@@ -313,9 +318,6 @@ class Snapshots:
     ) -> Blob:
         """See Differ.diff."""
         return await self._differ.diff(left, right, media_type, ref, labels, latest_mtime, caller)
-
-    def _ours(self, mounts: Sequence[Mount]) -> SnapshotID | None:
-        return next(filter(None, map(self._directories.owner, directories_of(mounts))), None)
 
     # Parts
 

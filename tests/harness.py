@@ -186,8 +186,11 @@ class Daemon(Server):
             f'[builds]\nfree_space_reserve = "0"\n{extra}'
         )
 
-    def start(self, env: Mapping[str, str] | None = None) -> None:
+    def launch(self, env: Mapping[str, str] | None = None) -> None:
         self._start([BIN / "tardev-snapshotter", "--config", self.config], env)
+
+    def start(self, env: Mapping[str, str] | None = None) -> None:
+        self.launch(env)
         self.wait_until("serves", lambda: '"event": "serving"' in self.log.read_text().rpartition("reset")[2])
 
     def restart(self, env: Mapping[str, str] | None = None) -> None:

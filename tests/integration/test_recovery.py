@@ -11,8 +11,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from snapshotter.api.proto import snapshots_pb2
+from snapshotter import metastore
+from snapshotter.api.proto import diff_pb2, snapshots_pb2, types_pb2
 from tests.harness import SNAPSHOTTER, Client, Daemon, ProcessFailed, run, wait_for
 from tests.should_fail.test_bad_layers import GZIP, OCI, apply, prepare, put, refused
 
@@ -190,3 +192,57 @@ def test_without_device_mapper_layers_are_not_served_unverified(daemon: Daemon) 
     daemon.config.write_text(daemon.config.read_text() + '\n[host]\nverity = "require"\n')
     with pytest.raises(ProcessFailed, match=r"host\.verity = .*require.*no dm-verity"):
         daemon.restart()
+
+
+@contextlib.contextmanager
+def held(database: Path) -> Iterator[sqlite3.Connection]:
+    """No other connection reads or writes it."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        yield holder
+
+
+def test_what_is_not_ours_is_answered_before_the_metadata_can_be_read(daemon: Daemon) -> None:
+    with daemon.client() as client:
+        parent = committed(daemon, client)
+    daemon.stop()
+    elsewhere = [types_pb2.Mount(type="bind", source="/var/lib/elsewhere/snapshots/1/fs", options=["rw"])]
+    foreign = diff_pb2.ApplyRequest(diff=types_pb2.Descriptor(media_type=f"{OCI}+gzip"), mounts=elsewhere)
+    wanted = snapshots_pb2.StatSnapshotRequest(snapshotter=SNAPSHOTTER, key=parent)
+    with daemon.client() as client:
+        with held(daemon.root / metastore.FILE_NAME):
+            daemon.launch()
+            with pytest.raises(grpc.RpcError) as caught:
+                client.diff.Apply(foreign, timeout=20, wait_for_ready=True)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            with pytest.raises(grpc.RpcError) as caught:
+                client.snapshots.Stat(wanted, timeout=0.5)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            with grpc.insecure_channel(f"unix:{daemon.address}") as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                status = health.Check(health_pb2.HealthCheckRequest(), timeout=20).status
+                assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+            waiting = client.snapshots.Stat.future(wanted, timeout=30)
+        assert waiting.result().info.name == parent
+
+
+def test_who_waits_for_a_start_that_fails_is_told_why(daemon: Daemon) -> None:
+    daemon.stop()
+    wanted = snapshots_pb2.StatSnapshotRequest(snapshotter=SNAPSHOTTER, key="k")
+    with daemon.client() as client:
+        with held(daemon.root / metastore.FILE_NAME) as holder:
+            daemon.launch()
+            wait_for("the socket", daemon.address.exists)
+            waiting = client.snapshots.Stat.future(wanted, timeout=30, wait_for_ready=True)
+            with pytest.raises(grpc.RpcError):
+                client.snapshots.Stat(wanted, timeout=2, wait_for_ready=True)
+            holder.execute("PRAGMA user_version = 99")
+            holder.execute("COMMIT")
+        with pytest.raises(grpc.RpcError) as caught:
+            waiting.result()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "schema version 99" in str(caught.value.details())
+    assert daemon.process is not None
+    assert daemon.process.wait(30) == 2
+    assert not daemon.address.exists()

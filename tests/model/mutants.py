@@ -72,8 +72,8 @@ MUTANTS: Final = [
         "snapshotter.builder",
         (
             "a new layer is nobody's",
-            "                raise\n            self.touch(layer)\n        return layer",
-            "                raise\n        return layer",
+            "            raise\n        self.touch(layer)\n        return layer",
+            "            raise\n        return layer",
         ),
         (
             "a stored layer is answered without the lock",
