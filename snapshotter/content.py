@@ -274,7 +274,7 @@ class Content:
 
     def __init__(self, directory: Path, address: str) -> None:
         self._blobs = directory / "blobs" / "sha256"
-        self._address = address
+        self.address = address
         self._index = ChainIndex(self._blobs)
         self._refreshing = asyncio.Lock()
         self._channel: grpc.aio.Channel | None = None
@@ -341,7 +341,7 @@ class Content:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise
-            if not self._address:
+            if not self.address:
                 raise NotFound(f"blob {blob.digest} is not in {self._blobs}") from None
             async with self._stream(blob, caller) as fd:
                 yield fd
@@ -360,7 +360,7 @@ class Content:
             raise self._translated(error, blob) from None
         except TimeoutError:
             call.cancel()
-            raise Unavailable(f"containerd at {self._address} does not answer for blob {blob.digest}") from None
+            raise Unavailable(f"containerd at {self.address} does not answer for blob {blob.digest}") from None
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         pump = asyncio.create_task(self._pump(call, first, write_fd))
         try:
@@ -400,7 +400,7 @@ class Content:
     def channel(self) -> grpc.aio.Channel:
         """To containerd, connected when it is first used."""
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(f"unix:{self._address}")
+            self._channel = grpc.aio.insecure_channel(f"unix:{self.address}")
         return self._channel
 
     def _stub(self) -> content_pb2_grpc.ContentStub:
@@ -411,4 +411,4 @@ class Content:
             return NotFound(
                 f"blob {blob.digest} is neither in {self._blobs} nor in containerd's content API; fetch the image again"
             )
-        return Unavailable(f"containerd at {self._address}: blob {blob.digest}: {error.details()}")
+        return Unavailable(f"containerd at {self.address}: blob {blob.digest}: {error.details()}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +17,7 @@ from blockdev.formats.layer_file import of_chain
 from snapshotter import inventory, reconcile
 from snapshotter.activation import BrokenLayer
 from snapshotter.builder import Builder
+from snapshotter.desync import Unknown
 from snapshotter.errors import translate
 from snapshotter.inventory import Parts
 from snapshotter.log import get_logger
@@ -62,8 +63,11 @@ class Checked:
 
 
 class Fsck:
-    def __init__(self, parts: Parts, builder: Builder, repair: Repair) -> None:
-        self._parts, self._builder, self._repair = parts, builder, repair
+    def __init__(
+        self, parts: Parts, builder: Builder, repair: Repair, unknown: Callable[[], Awaitable[list[Unknown]]]
+    ) -> None:
+        """`unknown`: to containerd."""
+        self._parts, self._builder, self._repair, self._unknown = parts, builder, repair, unknown
         self._log = get_logger()
 
     async def check(
@@ -77,6 +81,15 @@ class Fsck:
                 if isinstance(action, Quarantine):
                     told.add(action.layer.id)
                 yield finding
+            for each in await self._unknown():
+                advice = f"run: {each.commands}, and pull the namespace's images again after some seconds"
+                what = f"{each.count} snapshots of {each.snapshotter} in namespace {each.namespace}"
+                yield Finding(
+                    what,
+                    "are unknown to containerd: its metadata was lost, or is an older copy",
+                    "not repaired" if repair else "found",
+                    advice,
+                )
         layers = await self._parts.metastore.layers()
         layers.sort(key=lambda layer: (of_chain(layer.format), layer.verified_ns))
         total, done = sum(layer.file_size_bytes for layer in layers), 0

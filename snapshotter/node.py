@@ -10,9 +10,10 @@ import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from snapshotter import config, inventory, log, reconcile
+from snapshotter import config, desync, inventory, log, reconcile
 from snapshotter.activation import Activation
 from snapshotter.builder import Builder
 from snapshotter.collector import Collector
@@ -175,4 +176,5 @@ async def opened(
         if recover:
             await snapshots.resume()
             trace("boot.resumed")
-        yield Node(root, parts, snapshots, collector, Fsck(parts, builder, repair), reserve)
+        fsck = Fsck(parts, builder, repair, partial(desync.unknown, metastore, content, names))
+        yield Node(root, parts, snapshots, collector, fsck, reserve)

@@ -156,9 +156,8 @@ class Snapshots:
             if is_extraction(key) and await self._metastore.find(snapshotter, key):
                 # containerd counts its names, and takes this for success: its own record of the snapshot is missing.
                 self._log.warning(
-                    "a name that containerd has given before: its metadata was lost, or is an older copy; have what"
-                    " only we know removed, by `ctr -n NAMESPACE snapshots --snapshotter NAME prepare x` and the same"
-                    " with `rm x`, wait for its garbage collector, and pull again",
+                    "a name that containerd has given before: its metadata was lost, or is an older copy; `tardevctl"
+                    " fsck` has the commands after which it can be pulled again",
                     namespace=namespace_of(key),
                     snapshotter=snapshotter,
                     name=name,

@@ -21,7 +21,7 @@ OUTSIDE: dict[str, set[str] | None] = {
 }
 # Only these know gRPC and protobuf.
 GRPC = {"api", "service", "interceptor", "daemon", "errors"}  # who is called,
-GRPC |= {"containerd", "content", "image_layers", "images", "ingest"}  # and who calls containerd
+GRPC |= {"containerd", "content", "desync", "image_layers", "images", "ingest"}  # and who calls containerd
 GRPC |= {"maintenance"}  # and tardevctl, which calls the daemon
 
 

@@ -53,7 +53,8 @@ _MENDED_SECONDS = 20.0
 BY_CONTAINERD = {"ingest.written", "ingest.committed"}
 # Before the first row: killed there, nothing was begun.
 NEW_ROOT = {"boot.migrating"}
-# In every run: what a start has to tell apart, a file without a row, a commit without its reply; and a start cut in its work.
+# In every run: what a start has to tell apart, a file without a row, a commit without its reply; and a start cut in its
+# work.
 IN_EVERY_RUN = {
     "pull": [("publish.renamed", 2), ("transaction.committed", 4)],
     "removal": [("sweep.deleted", 1)],

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.harness import BIN, SNAPSHOTTER, ProcessFailed, check_tree, run, wait_for
 from tests.integration.conftest import Node
+from tests.integration.test_damage import fsck
 from tests.integration.test_images import promised, reference
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs, pytest.mark.containerd, pytest.mark.tool, pytest.mark.slow]
@@ -39,17 +39,21 @@ def containerds_database(node: Node) -> Path:
     return node.containerd.root / "io.containerd.metadata.v1.bolt" / "meta.db"
 
 
-def collects_what_it_does_not_know(node: Node) -> None:
-    """After a removal from the snapshotter; the two commands are those that an operator gives."""
-
-    def collected() -> bool:
-        key = os.urandom(4).hex()
-        node.containerd.retry("snapshots", "--snapshotter", SNAPSHOTTER, "prepare", key)
-        node.containerd.retry("snapshots", "--snapshotter", SNAPSHOTTER, "rm", key)
-        time.sleep(0.5)
-        return not [row for row in node.daemon.snapshots() if row.kind == "committed"]
-
-    wait_for("what containerd does not know is gone", collected)
+def as_fsck_says(node: Node) -> None:
+    """Its commands, word for word, until it says no more."""
+    status, findings = fsck(node.daemon)
+    [finding] = findings
+    count = len([row for row in node.daemon.snapshots() if row.kind == "committed"])
+    assert (status, finding["what"]) == (1, f"{count} snapshots of {SNAPSHOTTER} in namespace default")
+    assert finding["outcome"] == "found"
+    said = re.fullmatch(r"run: (.*), and pull the namespace's images again after some seconds", finding["advice"])
+    assert said
+    for command in said[1].split(" && "):
+        _, *arguments = shlex.split(command)
+        assert arguments[:4] == ["-a", str(node.containerd.address), "-n", "default"]
+        node.containerd.retry(*arguments[4:])
+    wait_for("what containerd does not know is gone", lambda: not node.daemon.snapshots())
+    assert fsck(node.daemon) == (0, [])
 
 
 def never_unknown(node: Node) -> None:
@@ -94,7 +98,7 @@ def test_containerds_is_lost(later_node: Node, images: Path, tmp_path: Path) -> 
     node.containerd.stop()
     containerds_database(node).unlink()
     node.containerd.start()
-    collects_what_it_does_not_know(node)
+    as_fsck_says(node)
     pull(node, images)
     runs(node, images, tmp_path)
     never_unknown(node)
@@ -121,7 +125,7 @@ def test_an_older_copy_is_put_back(later_node: Node, images: Path, tmp_path: Pat
     if whose == "ours":
         forget_image(node)
     else:
-        collects_what_it_does_not_know(node)
+        as_fsck_says(node)
     pull(node, images)
     runs(node, images, tmp_path)
     never_unknown(node)
