@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,6 +144,48 @@ def test_a_layer_file_is_deleted(later_node: Node, images: Path, tmp_path: Path)
         path.unlink()
     node.daemon.restart()
     forget_image(node)
+    pull(node, images)
+    runs(node, images, tmp_path)
+    never_unknown(node)
+
+
+def topmost_blob(archive: Path) -> str:
+    """The digest of the image's last layer."""
+    with tarfile.open(archive) as members:
+
+        def document(name: str) -> dict[str, Any]:
+            member = members.extractfile(name)
+            assert member is not None
+            found: dict[str, Any] = json.load(member)
+            return found
+
+        [manifest] = document("index.json")["manifests"]
+        layers = document("blobs/" + manifest["digest"].replace(":", "/"))["layers"]
+        return str(layers[-1]["digest"])
+
+
+def test_content_is_collected_under_a_retry(node: Node, images: Path, tmp_path: Path) -> None:
+    """The daemon dies in an unpack, and the blob is gone before the next one."""
+    archive = images / f"{IMAGE}.tar"
+    node.daemon.stop()
+    node.daemon.restart({"TARDEV_TRACE_KILL": "build.built"})
+    node.containerd.retry("images", "import", "--no-unpack", str(archive))
+    unpack = ("run", "--rm", "--snapshotter", SNAPSHOTTER, reference(IMAGE), "c", "/hello")
+    with pytest.raises(ProcessFailed):
+        node.containerd.ctr(*unpack)
+    wait_for("the daemon is dead", lambda: not node.daemon.alive())
+    node.containerd.ctr("content", "rm", topmost_blob(archive))
+    node.daemon.restart()
+
+    def refused() -> bool:
+        with pytest.raises(ProcessFailed) as caught:
+            node.containerd.ctr(*unpack)
+        return "connection error" not in str(caught.value)  # its back-off is over
+
+    wait_for("an answer", refused)
+    with pytest.raises(ProcessFailed, match=topmost_blob(archive)):
+        node.containerd.ctr(*unpack)
+    assert not [row for row in node.daemon.snapshots() if row.kind == "committed"]
     pull(node, images)
     runs(node, images, tmp_path)
     never_unknown(node)
