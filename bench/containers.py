@@ -21,9 +21,9 @@ from blockdev.formats.layer_file import FORMATS
 from blockdev.formats.layer_writer import LayerWriter
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import BuildRecord
+from policy.chain import chain_id
 from snapshotter.api.proto import snapshots_pb2
 from snapshotter.metastore import FILE_NAME, Kind, Metastore, Snapshot
-from snapshotter.names import chain_id
 from tests.harness import CACHE, SNAPSHOTTER, Client, Daemon
 from verity.hasher import LeafStore
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from blockdev.workers.launch import BuildRecord
-from snapshotter.contracts.kata_tardev import layer_name
+from policy.chain import ChainID, chain_id, layer_name
 from snapshotter.directories import Directories
 from snapshotter.layerstore import LayerStore
 from snapshotter.metastore import FILE_NAME, Kind, Layer, Metastore
 from snapshotter.metastore import _Database as Database
-from snapshotter.names import ChainID, chain_id
 from tests.chains import make
 
 HOST, KATA = "tardev-host", "tardev"

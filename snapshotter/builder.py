@@ -18,6 +18,7 @@ from blockdev.formats.limits import Limits
 from blockdev.workers.archive import Archive, ArchiveRecord, ArchiveRequest, archiving
 from blockdev.workers.launch import BuildRecord, BuildRequest, LayerRecord, run_build
 from blockdev.workers.parameters import Output
+from policy.chain import ChainID, is_digest
 from snapshotter import metrics
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.errors import (
@@ -32,7 +33,6 @@ from snapshotter.errors import (
 from snapshotter.layerstore import LayerStore, Staged
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerID, LayerState, Metastore
-from snapshotter.names import ChainID, is_digest
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
+from policy.chain import ChainID
 from snapshotter.builder import Builder
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.errors import (
@@ -26,7 +27,6 @@ from snapshotter.errors import (
 )
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, Snapshot, SnapshotID
-from snapshotter.names import ChainID
 
 _POLL_SECONDS: Final = (0.05, 2.0)  # first and longest wait for a blob that is still being fetched
 _RETRY_SECONDS: Final = (1.0, 60.0)  # and for what kept a build from its end to pass

@@ -22,9 +22,10 @@ import grpc
 import msgspec
 
 from blockdev.errors import EXHAUSTED
+from policy.chain import ChainID, chain_id, is_digest
 from snapshotter.api.proto import content_pb2, content_pb2_grpc
 from snapshotter.errors import InvalidArgument, NotFound, SnapshotterError, Unavailable, translate
-from snapshotter.names import ChainID, chain_id, is_digest, namespace_of
+from snapshotter.names import namespace_of
 
 # containerd's own bound for what it reads whole (core/images: "manifest too large").
 DOCUMENT_BYTES_MAX: Final = 8 << 20

@@ -22,11 +22,11 @@ from typing import Any, Final, TypeVar
 import grpc
 import msgspec
 
+from policy.chain import ChainID, chain_id, is_digest
 from snapshotter.api.proto import images_pb2, images_pb2_grpc
 from snapshotter.containerd import CALL_SECONDS, refused
 from snapshotter.content import DOCUMENT_BYTES_MAX, LAYERS_MAX, Blob, Caller, Content, Descriptor, blob_of
 from snapshotter.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
-from snapshotter.names import ChainID, chain_id, is_digest
 
 MANIFESTS: Final = frozenset(
     {"application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"}

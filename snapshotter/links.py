@@ -18,14 +18,13 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from policy.chain import ChainID, layer_name
 from snapshotter.activation import BrokenLayer
-from snapshotter.contracts.kata_tardev import layer_name
 from snapshotter.contracts.mount import Lower
 from snapshotter.errors import ConfigError, FailedPrecondition, ResourceExhausted, SnapshotterError
 from snapshotter.layerstore import LayerStore
 from snapshotter.log import get_logger
 from snapshotter.metastore import Kind, Layer, LayerState, Metastore, Snapshot
-from snapshotter.names import ChainID
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
 

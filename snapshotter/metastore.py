@@ -28,6 +28,7 @@ from typing import Concatenate, Final, NewType, ParamSpec, TypeVar
 
 from blockdev.errors import EXHAUSTED
 from blockdev.workers.launch import BuildRecord, LayerRecord
+from policy.chain import ChainID, chain_id
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -38,7 +39,6 @@ from snapshotter.errors import (
     SnapshotterError,
 )
 from snapshotter.idmap import UID_LABEL
-from snapshotter.names import ChainID, chain_id
 from snapshotter.reserve import Reserve
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace

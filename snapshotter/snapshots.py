@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from blockdev.formats.compression import MEDIA_TYPES
 from blockdev.formats.layer_file import of_chain
+from policy.chain import ChainID, chain_id, is_digest
 from snapshotter import metrics
 from snapshotter.activation import Activation, BrokenLayer
 from snapshotter.builder import Builder
@@ -42,7 +43,7 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.log import get_logger
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID
-from snapshotter.names import ChainID, chain_id, chain_id_of, is_digest, is_extraction, last_component, namespace_of
+from snapshotter.names import chain_id_of, is_extraction, last_component, namespace_of
 from snapshotter.repair import Repair
 from snapshotter.sidecars import Sidecars
 from snapshotter.tasks import Background, to_the_end

@@ -9,7 +9,6 @@ Order and number of the options, and every character of them, are compared by th
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Final
 
 from blockdev.formats.layer_file import format_named
 from snapshotter.contracts.mount import Lower, Mount, Place
-from snapshotter.names import ChainID
 
 FORMATS: Final = frozenset({"tarfs", "tar-index"})
 PLACE: Final = Place.LINKED
@@ -36,11 +34,6 @@ ROOT_HASH_LABEL: Final = "io.katacontainers.dm-verity.root-hash"
 
 _TYPE: Final = "fuse3.kata-overlay"
 _OPTION: Final = "io.katacontainers.fs-opt."
-
-
-def layer_name(chain: ChainID) -> str:
-    """Of the file of a chain's topmost layer, and of its mount point in the guest: policies work it out themselves."""
-    return hashlib.sha256(chain.encode("ascii")).hexdigest()
 
 
 def container_mounts(

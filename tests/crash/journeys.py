@@ -23,11 +23,10 @@ from typing import Final
 
 import grpc
 
+from policy.chain import ChainID, layer_name
 from snapshotter import metastore
 from snapshotter.api.proto import diff_pb2, snapshots_pb2, types_pb2
-from snapshotter.contracts.kata_tardev import layer_name
 from snapshotter.idmap import GID_LABEL, UID_LABEL
-from snapshotter.names import ChainID
 from tests.golden.make_tars import EOA, PX, D, F
 from tests.harness import SNAPSHOTTER, Client, Daemon, wait_for
 

@@ -16,9 +16,9 @@ from typing import Final
 
 from blockdev.formats.layer_file import FORMATS
 from blockdev.kernel.mounts import mounted_below
+from policy.chain import layer_name
 from snapshotter import metastore
 from snapshotter.contracts.kata_erofs import layer_of_sidecar
-from snapshotter.contracts.kata_tardev import layer_name
 from snapshotter.metastore import Kind, Layer, LayerState, Snapshot
 from tests.harness import Daemon
 from verity.errors import VerityError

@@ -13,10 +13,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from policy.chain import ChainID, layer_name
 from snapshotter.api.proto import types_pb2
 from snapshotter.contracts import Mount
-from snapshotter.contracts.kata_tardev import MAX_LAYERS, ROOT_HASH_LABEL, layer_name
-from snapshotter.names import ChainID
+from snapshotter.contracts.kata_tardev import MAX_LAYERS, ROOT_HASH_LABEL
 from tests import kata_peer
 from tests.conftest import in_every_run
 from tests.harness import BIN, SNAPSHOTTER, Daemon, ProcessFailed, run, wait_for

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from snapshotter.names import ChainID, chain_id
+from policy.chain import ChainID, chain_id
 
 Name: TypeAlias = tuple[str, str]  # snapshotter, key
 Labels: TypeAlias = tuple[tuple[str, str], ...]

@@ -25,6 +25,7 @@ import structlog
 
 from blockdev.formats.limits import Limits
 from blockdev.workers.launch import BuildRecord, BuildRequest
+from policy.chain import ChainID, chain_id, layer_name
 from snapshotter import builder as builder_module
 from snapshotter import inventory, reconcile, trace
 from snapshotter.activation import Activation
@@ -33,14 +34,13 @@ from snapshotter.collector import Collector
 from snapshotter.content import Blob, Caller, Content
 from snapshotter.contracts import CONTRACTS, Mount, Place
 from snapshotter.contracts.kata_erofs import sidecar_path
-from snapshotter.contracts.kata_tardev import ROOT_HASH_LABEL, layer_name
+from snapshotter.contracts.kata_tardev import ROOT_HASH_LABEL
 from snapshotter.directories import Directories
 from snapshotter.errors import SnapshotterError
 from snapshotter.inventory import Parts
 from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Kind, LayerState, Metastore, Snapshot
-from snapshotter.names import ChainID, chain_id
 from snapshotter.repair import Repair
 from snapshotter.snapshots import Named, Snapshots
 from tests.chains import Made, make

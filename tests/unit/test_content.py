@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from policy.chain import ChainID, chain_id
 from snapshotter import content
 from snapshotter.content import Blob, Caller, ChainIndex, Content
-from snapshotter.names import ChainID, chain_id
 
 OCI = {
     "manifest": "application/vnd.oci.image.manifest.v1+json",

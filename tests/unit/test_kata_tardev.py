@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from policy.chain import ChainID, chain_id, layer_name
 from snapshotter.contracts import Lower, Mount, kata_tardev
 from snapshotter.contracts.kata_tardev import NamedLayer, named_layers
-from snapshotter.names import ChainID, chain_id
 from tests import kata_peer
 from tests.kata_peer import Refused
 
@@ -35,7 +35,7 @@ def lowers(count: int, layer_format: str = "tarfs") -> list[Lower]:
     for number in range(count):
         chain = chain_id(chain, "sha256:" + hashlib.sha256(b"%d" % number).hexdigest())
         root_hash = hashlib.sha256(b"root %d" % number).hexdigest()
-        found.append(Lower(DIRECTORY / kata_tardev.layer_name(chain), layer_format, root_hash))
+        found.append(Lower(DIRECTORY / layer_name(chain), layer_format, root_hash))
     return found[::-1]
 
 
@@ -45,7 +45,7 @@ def answer(stack: list[Lower], encoding: str = "base64") -> Mount:
 
 
 def test_the_name_is_the_hash_of_the_chain_ids_text() -> None:
-    assert kata_tardev.layer_name(CHAIN) == NAME
+    assert layer_name(CHAIN) == NAME
 
 
 def test_base64_to_the_byte() -> None:
@@ -160,7 +160,7 @@ def test_a_chain_with_one_layer_twice_has_two_names() -> None:
     """A name is a chain's, not a layer's: an overlay in the guest takes both."""
     diff_id = "sha256:" + "1" * 64
     one = chain_id(None, diff_id)
-    assert kata_tardev.layer_name(one) != kata_tardev.layer_name(chain_id(one, diff_id))
+    assert layer_name(one) != layer_name(chain_id(one, diff_id))
 
 
 # Read back, by the helper on the host

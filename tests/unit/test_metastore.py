@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from blockdev.workers.launch import BuildRecord
+from policy.chain import ChainID
 from snapshotter import metastore as module
 from snapshotter.errors import (
     AlreadyExists,
@@ -24,7 +25,6 @@ from snapshotter.errors import (
     ResourceExhausted,
 )
 from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, Snapshot, SnapshotID, read
-from snapshotter.names import ChainID
 
 S = "tardev-host"
 DIFF_ID = "sha256:" + "d" * 64

@@ -3,15 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from snapshotter.names import (
-    ChainID,
-    chain_id,
-    chain_id_of,
-    is_digest,
-    is_extraction,
-    last_component,
-    namespace_of,
-)
+from policy.chain import ChainID, chain_id, is_digest
+from snapshotter.names import chain_id_of, is_extraction, last_component, namespace_of
 
 A, B, C = ("sha256:" + letter * 64 for letter in "abc")
 # printf '%s %s' A B | sha256sum, and then of that and C

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from blockdev.formats.layer_file import FORMATS, TRAILER_BYTES
+from policy.chain import ChainID
 from snapshotter import metastore
-from snapshotter.names import ChainID
 from tests import kata_erofs_peer as peer
 from tests.harness import SNAPSHOTTER
 from tests.images import mkimage
