@@ -171,6 +171,11 @@ class Activation:
         async with self._lock:
             return await to_the_end(asyncio.to_thread(devmapper.unused, self._prefix))
 
+    def held(self) -> tuple[int, int]:
+        """(mounts of layers, devices that they have): loop devices, and dm devices above such. Raises KernelError."""
+        entries = [entry for entry in mounts.mounted_below(self._directory) if _is_id(Path(entry.mount_point).name)]
+        return len(entries), sum(entry.source.startswith("/dev/") for entry in entries)
+
     def mounted(self) -> set[LayerID]:
         """From mountinfo, as a new daemon learns of the mounts of the one before it. Raises KernelError."""
         names = [Path(entry.mount_point).name for entry in mounts.mounted_below(self._directory)]

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, cast
 
@@ -62,6 +62,30 @@ class _Running:
     end: asyncio.TimerHandle | None = None
 
 
+@dataclass(slots=True)
+class _Work:
+    """A build that waits for its turn, or runs. `size_bytes`: of its blob, 0 where nobody knows."""
+
+    what: str
+    format: str
+    size_bytes: int
+    since: float
+    is_waiting: bool = True
+    blob_fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """`read_bytes` of `size_bytes` are read, as far as that is known; `seconds` since it began, or began to wait."""
+
+    what: str
+    format: str
+    seconds: float
+    is_waiting: bool
+    read_bytes: int
+    size_bytes: int
+
+
 class Builder:
     def __init__(
         self,
@@ -82,6 +106,7 @@ class Builder:
         self._cpu_seconds = max(_CPU_SECONDS_MIN, math.ceil(_PROCESSORS_OF_A_PROCESS * timeout_seconds))
         self._running: dict[_Key, _Running] = {}
         self._tasks: set[asyncio.Task[Layer]] = set()
+        self._works: dict[int, _Work] = {}
         self._closed = False
         self._recent: dict[LayerID, float] = {}
         self._protections: dict[str, list[str]] = {}
@@ -219,7 +244,7 @@ class Builder:
         return await self._bounded(
             {"changes_of": snapshot_name},
             format,
-            lambda: self._build_changes_now(open_directory, snapshot_name, format),
+            lambda _: self._build_changes_now(open_directory, snapshot_name, format),
         )
 
     @asynccontextmanager
@@ -248,18 +273,41 @@ class Builder:
 
     async def _build(self, blob: Blob, compression: str, format: str, caller: Caller) -> Layer:
         return await self._bounded(
-            {"blob": blob.digest}, format, lambda: self._build_now(blob, compression, format, caller)
+            {"blob": blob.digest},
+            format,
+            lambda work: self._build_now(blob, compression, format, caller, work),
+            blob.size_bytes,
         )
 
-    async def _bounded(self, of: dict[str, str], format: str, work: Callable[[], Awaitable[Layer]]) -> Layer:
+    def underway(self) -> tuple[Underway, ...]:
+        """The oldest first."""
+        now = time.monotonic()
+        return tuple(
+            Underway(work.what, work.format, now - work.since, work.is_waiting, _read_bytes(work), work.size_bytes)
+            for work in self._works.values()
+        )
+
+    async def _bounded(
+        self, of: dict[str, str], format: str, build: Callable[[_Work], Awaitable[Layer]], size_bytes: int = 0
+    ) -> Layer:
         """`of`: for the log, what the layer is made of, and its kind."""
         [what] = of.values()
+        work = _Work(what, format, size_bytes, time.monotonic())
+        self._works[id(work)] = work
+        try:
+            return await self._in_turn(of, work, build)
+        finally:
+            del self._works[id(work)]
+
+    async def _in_turn(self, of: dict[str, str], work: _Work, build: Callable[[_Work], Awaitable[Layer]]) -> Layer:
+        what, format = work.what, work.format
         async with self._slots:
-            started = time.monotonic()
+            started = work.since = time.monotonic()
+            work.is_waiting = False
             metrics.BUILDS_RUNNING.inc()
             result = "failed"
             try:
-                layer = await asyncio.wait_for(work(), self._timeout)
+                layer = await asyncio.wait_for(build(work), self._timeout)
                 result = "ok"
             except TimeoutError:
                 raise DeadlineExceeded(f"layer {what}: the build took over {self._timeout} s") from None
@@ -272,24 +320,29 @@ class Builder:
             finally:
                 metrics.BUILDS_RUNNING.dec()
                 metrics.BUILDS.labels(format, result).inc()
-            seconds = time.monotonic() - started
-            metrics.BUILD_SECONDS.labels(format).observe(seconds)
+                seconds = time.monotonic() - started
+                metrics.BUILD_SECONDS.labels(format, result).observe(seconds)
             metrics.BUILD_BYTES.labels(format).inc(layer.tar_size_bytes)
+            metrics.BUILD_FILE_BYTES.labels(format).inc(layer.file_size_bytes)
             self._log.info(
                 "layer built", **of, diff_id=layer.diff_id, format=format, root_hash=layer.root_hash,
                 seconds=round(seconds, 3), tar_bytes=layer.tar_size_bytes, warnings=layer.warnings,
             )  # fmt: skip
             return layer
 
-    async def _build_now(self, blob: Blob, compression: str, format: str, caller: Caller) -> Layer:
+    async def _build_now(self, blob: Blob, compression: str, format: str, caller: Caller, work: _Work) -> Layer:
         started = time.monotonic()
         async with self._store.staged() as staged:
             trace("build.staged")
             async with self._content.open(blob, caller) as blob_fd:
-                record = await self._run(
-                    staged, format, blob_fd=blob_fd, media_type=blob.media_type, layer_name=blob.digest,
-                    expected_digest=blob.digest, expected_size_bytes=blob.size_bytes,
-                )  # fmt: skip
+                work.blob_fd = blob_fd
+                try:
+                    record = await self._run(
+                        staged, format, blob_fd=blob_fd, media_type=blob.media_type, layer_name=blob.digest,
+                        expected_digest=blob.digest, expected_size_bytes=blob.size_bytes,
+                    )  # fmt: skip
+                finally:
+                    work.blob_fd = -1
             return await self._finish(staged, record, compression, started)
 
     async def _build_changes_now(self, open_directory: Callable[[], int], snapshot_name: str, format: str) -> Layer:
@@ -337,6 +390,10 @@ class Builder:
             )
         )
         self._say_protections(record)
+        metrics.BUILD_BLOB_BYTES.labels(format).inc(record.blob_size_bytes)
+        for process, used in record.usage.items():
+            metrics.WORKER_CPU_SECONDS.labels(process).inc(used["cpu_seconds"])
+            metrics.WORKER_PEAK_BYTES.labels(process).observe(used["peak_rss_bytes"])
         return record
 
     async def _finish(self, staged: Staged, record: BuildRecord, compression: str, started: float) -> Layer:
@@ -409,3 +466,12 @@ class Builder:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def _read_bytes(work: _Work) -> int:
+    """The workers have the very file description, and so the place in it; of a pipe there is none."""
+    if work.blob_fd < 0:
+        return 0
+    with suppress(OSError):
+        return os.lseek(work.blob_fd, 0, os.SEEK_CUR)
+    return 0

@@ -65,5 +65,6 @@ class Collector:
             trace("sweep.deleted")
             await asyncio.to_thread(self._store.delete, layer.diff_id, layer.format)
         metrics.LAYERS_DELETED.inc()
+        metrics.LAYERS_DELETED_BYTES.inc(layer.file_size_bytes)
         self._log.info("layer deleted", diff_id=layer.diff_id, format=layer.format)
         return True

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import platform
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -16,20 +18,25 @@ from typing import Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 
 from blockdev.errors import BlockdevError
 from snapshotter import VERSION, config, listener, log, metrics
 from snapshotter.api.proto import diff_pb2_grpc, maintenance_pb2_grpc, snapshots_pb2_grpc
 from snapshotter.config import Config
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
+from snapshotter.figures import Figures
 from snapshotter.interceptor import Interceptor
 from snapshotter.node import Node, opened, real_path
+from snapshotter.scrape import OfNow
 from snapshotter.service import DiffService, MaintenanceService, SnapshotsService, Waiting
+from snapshotter.web import Page, Web
 from verity.hasher import IMPLEMENTATION
 
 _SERVICES: Final = ("", "containerd.services.snapshots.v1.Snapshots", "containerd.services.diff.v1.Diff")
 _GRACE_SECONDS: Final = 5.0
 _TIDY_SECONDS: Final = 3600.0
+_FIGURES_SECONDS: Final = 5.0
 
 
 def notify(state: str) -> None:
@@ -77,7 +84,11 @@ async def run(settings: Config) -> None:
         serving.callback(bound.release)
         await _serve(serving, bound, waiting, healthy, settings.builds.timeout)
 
+    started = time.monotonic()
     try:
+        if settings.metrics.address:
+            pages = {"/metrics": _metrics_page(waiting, settings)}
+            serving.callback(Web(settings.metrics.address, pages).close)
         async with opened(settings, bind=bind) as node, serving:
             for name, chosen in settings.snapshotters.items():
                 if chosen.skip_download:
@@ -87,14 +98,13 @@ async def run(settings: Config) -> None:
                         snapshotter=name,
                     )
             waiting.over(node)
+            metrics.START_SECONDS.set(time.monotonic() - started)
             tasks = [asyncio.create_task(_tidy_now_and_then(node))]
             if settings.scrub.interval:
                 rate = config.parse_size(settings.scrub.rate)
                 tasks.append(asyncio.create_task(_scrub(node, settings.scrub.interval, rate)))
             for task in tasks:
                 serving.callback(task.cancel)
-            if settings.metrics.address:
-                metrics.serve(settings.metrics.address)
             for service in _SERVICES:
                 await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
             logger.info("serving", address=settings.address, version=VERSION, hashing=IMPLEMENTATION, pid=os.getpid())
@@ -108,6 +118,23 @@ async def run(settings: Config) -> None:
         raise
     finally:
         await serving.aclose()
+
+
+def _metrics_page(waiting: Waiting, settings: Config) -> Page:
+    """For Prometheus: what was counted, and what the node holds now."""
+    metrics.BUILD_INFO.labels(VERSION, IMPLEMENTATION, platform.python_version()).set(1)
+    loop = asyncio.get_running_loop()
+
+    def figures() -> Figures:
+        return asyncio.run_coroutine_threadsafe(waiting.figures(), loop).result(_FIGURES_SECONDS)
+
+    registry = CollectorRegistry()
+    registry.register(OfNow(figures, frozenset(settings.snapshotters)))
+
+    def page() -> tuple[str, bytes]:
+        return CONTENT_TYPE_LATEST, generate_latest(REGISTRY) + generate_latest(registry)
+
+    return page
 
 
 async def _serve(

@@ -197,6 +197,16 @@ class Snapshot:
         return self.kind is Kind.ACTIVE or (self.kind is Kind.VIEW and (not self.parent_id or UID_LABEL in self.labels))
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How many there are, and bytes of layer files."""
+
+    layers: dict[tuple[str, str], tuple[int, int]]  # by format and state
+    unused: tuple[int, int]  # that no snapshot refers to
+    snapshots: dict[tuple[str, str], int]  # by snapshotter and kind
+    oldest_check_ns: int  # of READY layers, since the epoch; 0 without any
+
+
 _LAYER: Final = (
     "layers.id, diff_id, format, root_hash, tar_size_bytes, data_size_bytes, tree_size_bytes, file_size_bytes,"
     " entries, warnings, state, build_seconds, layers.created_ns, layers.used_ns, layers.verified_ns"
@@ -594,6 +604,27 @@ class _Database:
         assert layer is not None
         return layer
 
+    def totals(self) -> Totals:
+        layers = self.connection.execute(
+            "SELECT format, state, count(*), sum(file_size_bytes), min(verified_ns) FROM layers GROUP BY 1, 2"
+        ).fetchall()
+        unused = self.connection.execute(
+            "SELECT count(*), coalesce(sum(file_size_bytes), 0) FROM layers WHERE id NOT IN (SELECT layer_id FROM"
+            " snapshots WHERE layer_id IS NOT NULL UNION ALL SELECT parents_layer_id FROM snapshots WHERE"
+            " parents_layer_id IS NOT NULL)"
+        ).fetchone()
+        snapshots = self.connection.execute("SELECT snapshotter, kind, count(*) FROM snapshots GROUP BY 1, 2")
+        by_kind: dict[tuple[str, str], int] = {}
+        for name, kind, count in snapshots:
+            by_kind[name, Kind(kind).value] = by_kind.get((name, Kind(kind).value), 0) + count
+        by_state: dict[tuple[str, str], tuple[int, int]] = {}
+        for layer_format, state, count, size_bytes, _ in layers:
+            key = (layer_format, LayerState(state).value)
+            before = by_state.get(key, (0, 0))
+            by_state[key] = (before[0] + count, before[1] + size_bytes)
+        checks = [row[4] for row in layers if row[1] == LayerState.READY]
+        return Totals(by_state, (unused[0], unused[1]), by_kind, min(checks, default=0))
+
     def blobs_of(self, diff_id: str) -> list[tuple[str, str, int]]:
         return self.connection.execute(
             "SELECT digest, compression, size_bytes FROM blobs WHERE diff_id = ? ORDER BY size_bytes", (diff_id,)
@@ -865,6 +896,9 @@ class Metastore:
     async def publish_layer(self, record: LayerRecord, build_seconds: float) -> Layer:
         """As `publish`, of a layer that no blob leads to. Raises Internal."""
         return await self._run(_Database.publish_layer, record, build_seconds)
+
+    async def totals(self) -> Totals:
+        return await self._scan(_Database.totals)
 
     async def blobs_of(self, diff_id: str) -> list[tuple[str, str, int]]:
         """(digest, compression, size in bytes) of the blobs that a build has found to be the layer; smallest first."""

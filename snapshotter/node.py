@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from snapshotter import config, desync, inventory, log, reconcile
+from snapshotter import config, desync, figures, inventory, log, reconcile
 from snapshotter.activation import Activation
 from snapshotter.builder import Builder
 from snapshotter.collector import Collector
@@ -22,6 +22,7 @@ from snapshotter.content import Content
 from snapshotter.contracts import CONTRACTS, Place
 from snapshotter.directories import Directories
 from snapshotter.errors import ConfigError
+from snapshotter.figures import Figures
 from snapshotter.fsck import Fsck
 from snapshotter.inventory import Parts
 from snapshotter.layerstore import LayerStore
@@ -82,6 +83,11 @@ class Node:
     collector: Collector
     fsck: Fsck
     reserve: Reserve
+    builder: Builder
+
+    async def figures(self) -> Figures:
+        """Raises OSError, KernelError, Internal."""
+        return await figures.take(self.parts, self.builder, self.reserve)
 
 
 @asynccontextmanager
@@ -177,4 +183,4 @@ async def opened(
             await snapshots.resume()
             trace("boot.resumed")
         fsck = Fsck(parts, builder, repair, partial(desync.unknown, metastore, content, names))
-        yield Node(root, parts, snapshots, collector, fsck, reserve)
+        yield Node(root, parts, snapshots, collector, fsck, reserve, builder)

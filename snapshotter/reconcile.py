@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from blockdev.kernel import devmapper
+from snapshotter import metrics
 from snapshotter.inventory import Inventory, Parts
 from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState, Snapshot, SnapshotID
@@ -149,6 +150,7 @@ async def apply(actions: Sequence[Action], parts: Parts) -> list[str]:
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             log.error("reconcile failed", action=str(action), error=why)
+        metrics.RECONCILED.labels(type(action).__name__, "failed" if why else "ok").inc()
         reasons.append(why)
         trace("reconcile.done")
     return reasons

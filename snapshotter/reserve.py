@@ -30,6 +30,9 @@ class Reserve:
                 os.close(fd)
         return False
 
+    def is_kept(self) -> bool:
+        return self._path.exists()
+
     def give_up(self) -> bool:
         """False where there was none."""
         try:

@@ -24,6 +24,7 @@ from snapshotter.api.proto import (
 from snapshotter.content import Blob, Caller
 from snapshotter.contracts import Mount
 from snapshotter.errors import Unavailable, Unimplemented, one_line, translate
+from snapshotter.figures import Figures
 from snapshotter.fsck import Checked, Finding
 from snapshotter.metastore import Kind, Snapshot
 from snapshotter.node import Node
@@ -88,6 +89,12 @@ class Waiting:
     async def node(self) -> Node:
         """Raises Unavailable."""
         return await asyncio.shield(self._node)
+
+    async def figures(self) -> Figures:
+        """Raises Unavailable, at once while the node is not there; OSError, KernelError, Internal."""
+        if not self._node.done():
+            raise Unavailable("the start is not over")
+        return await self._node.result().figures()
 
     async def snapshots(self) -> Snapshots:
         """Raises Unavailable."""

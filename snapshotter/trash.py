@@ -32,7 +32,7 @@ class Trash:
     ) -> None:
         """`bytes_per_second`: of files, 0 for no limit; there is none while somebody needs the room, which
         `in_a_hurry` says."""
-        self._directory = root / "trash"
+        self.directory = root / "trash"
         self._rate, self._in_a_hurry = bytes_per_second, in_a_hurry
         # Of their own: a removal may take minutes, and everything else would wait behind it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="trash")
@@ -44,7 +44,7 @@ class Trash:
         self._log = get_logger()
 
     def prepare(self) -> None:
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
         self._stop.set()
@@ -52,7 +52,7 @@ class Trash:
 
     def put(self, path: Path) -> bool:
         """A file or a directory with nothing mounted in it; False where there is none. Raises OSError."""
-        target = self._directory / os.urandom(16).hex()
+        target = self.directory / os.urandom(16).hex()
         try:
             os.rename(path, target)
         except FileNotFoundError:
@@ -68,7 +68,7 @@ class Trash:
         return True
 
     def names(self) -> frozenset[str]:
-        return frozenset(os.listdir(self._directory))
+        return frozenset(os.listdir(self.directory))
 
     def again(self) -> None:
         """What could not be removed is tried once more."""
@@ -101,7 +101,7 @@ class Trash:
         found: list[tuple[str, int | None]] = []
         for name in self.names() - self._busy:
             with suppress(FileNotFoundError):
-                status = os.lstat(self._directory / name)
+                status = os.lstat(self.directory / name)
                 # One that has another name gives nothing back.
                 last = status.st_nlink == 1
                 size_bytes = status.st_blocks * _BLOCK_BYTES if last else 0
@@ -110,7 +110,7 @@ class Trash:
 
     def _remove(self, name: str) -> None:
         try:
-            remove_tree(self._directory / name, self._stop)
+            remove_tree(self.directory / name, self._stop)
         except OSError as error:
             self._log.error("left in the trash for the next Cleanup", name=name, error=str(error))
             self._failed.add(name)
