@@ -56,7 +56,7 @@ _LEFT_OUT: Final = re.compile(
 _LEFT_OUT_OF_PYTHON: Final = frozenset(
     {"test", "idlelib", "lib2to3", "tkinter", "ensurepip", "turtledemo", "dist-packages", "pydoc_data"}
 )
-_PACKAGES: Final = ("verity", "blockdev", "uvm", "snapshotter", "tests")
+_PACKAGES: Final = ("verity", "blockdev", "policy", "uvm", "snapshotter", "tests")
 _BOOT: Final = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs none /dev
