@@ -51,7 +51,7 @@ _PROGRAMS: Final = (
 _LEFT_OUT: Final = re.compile(
     r"PIL|_pytest|.*__mypyc.*|ast_serialize|contourpy|fontTools|grpc_tools|hypothesis|kiwisolver|librt|matplotlib|mpl_.*"
     r"|mypy.*|numpy.*|pillow.*|pip|pip-.*|pkg_resources|pylab.*|pytest.*|ruff.*|setuptools.*|tzdata.*|__editable__.*"
-    r"|_distutils.*|distutils.*|__pycache__"
+    r"|_distutils.*|distutils.*|__pycache__|regopy.*|ruamel.*|oras.*|requests.*|jsonschema.*|rpds.*|referencing.*"
 )
 _LEFT_OUT_OF_PYTHON: Final = frozenset(
     {"test", "idlelib", "lib2to3", "tkinter", "ensurepip", "turtledemo", "dist-packages", "pydoc_data"}
