@@ -329,7 +329,9 @@ class _Database:
         try:
             return work()
         finally:
-            self.connection.execute("COMMIT")
+            # Some errors have ended it already (sqlite.org/lang_transaction.html).
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
 
     def snapshot(self, snapshotter: str, name: str) -> Snapshot | None:
         row = self.connection.execute(

@@ -464,14 +464,14 @@ class Snapshots:
             await self._undo(await creating)
 
     async def _undo(self, snapshot: Snapshot) -> None:
-        """Of one that was not answered for. What fails here is for the next start."""
-        try:
+        """Of one that was not answered for."""
+
+        async def discard() -> None:
             await self._metastore.discard(snapshot.id)
             trace("prepare.discarded")
             await self._leave(snapshot)
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            self._log.error("a failed prepare left something", key=snapshot.name, error=what)
+
+        await self._background.now("what a failed prepare leaves", discard)
 
     def _mapping_of(self, snapshot: Snapshot) -> IDMapping | None:
         """Raises InvalidArgument."""

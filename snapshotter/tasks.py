@@ -44,9 +44,10 @@ class Background:
         """All that has failed, once more."""
         failed, self._failed = self._failed, []
         for what, work in failed:
-            await to_the_end(self._run(what, work))
+            await to_the_end(self.now(what, work))
 
-    async def _run(self, what: str, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    async def now(self, what: str, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """As `later`, and waited for."""
         try:
             await work()
         except Exception as error:
@@ -56,7 +57,7 @@ class Background:
 
     def later(self, what: str, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """`work` may be called more than once."""
-        task = asyncio.create_task(self._run(what, work))
+        task = asyncio.create_task(self.now(what, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
