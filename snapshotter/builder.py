@@ -139,6 +139,7 @@ class Builder:
                 running = self._start(key, self._build(blob, compression, format, caller))
             else:
                 metrics.BUILDS_JOINED.inc()
+                self._log.debug("build joined", blob=blob.digest, format=format)
             try:
                 return await self._join(key, running)
             except (NotFound, Unavailable):
@@ -304,6 +305,7 @@ class Builder:
         async with self._slots:
             started = work.since = time.monotonic()
             work.is_waiting = False
+            self._log.debug("build begins", **of, format=format, size_bytes=work.size_bytes)
             metrics.BUILDS_RUNNING.inc()
             result = "failed"
             try:

@@ -74,6 +74,7 @@ async def run(settings: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _other_level, settings.log.level)
     waiting = Waiting(real_path(settings.root))
     serving = AsyncExitStack()
     healthy = health.aio.HealthServicer()
@@ -118,6 +119,13 @@ async def run(settings: Config) -> None:
         raise
     finally:
         await serving.aclose()
+
+
+def _other_level(configured: str) -> None:
+    """At SIGHUP: debug, and at the next the configured level again."""
+    wanted = configured if log.level() == "debug" else "debug"
+    log.set_level(wanted)
+    log.get_logger().warning("log level", now=wanted)
 
 
 def _metrics_page(waiting: Waiting, settings: Config) -> Page:

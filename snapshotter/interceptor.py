@@ -153,6 +153,7 @@ class _Call:
 
     def __enter__(self) -> _Call:
         self._started = time.monotonic()
+        self._log.debug("rpc begins", method=self._method, **self._about)
         metrics.RPC_RUNNING.labels(self._method).inc()
         return self
 

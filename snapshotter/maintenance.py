@@ -7,8 +7,10 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any, Final
 
 import grpc
+from google.protobuf.json_format import MessageToDict
 
 from snapshotter.api.proto import maintenance_pb2, maintenance_pb2_grpc
 from snapshotter.collector import Collected
@@ -17,6 +19,8 @@ from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.fsck import Checked, Finding
 from snapshotter.metastore import FILE_NAME
 from snapshotter.node import Node, opened
+
+_CALL_SECONDS: Final = 30.0
 
 
 async def check(
@@ -61,6 +65,33 @@ async def collect(settings: Config, *, everything: bool) -> Collected:
         except grpc.aio.AioRpcError as error:
             raise _failed(error) from None
         return Collected(done.layers, done.size_bytes)
+
+
+async def status(settings: Config) -> dict[str, Any]:
+    """Raises Unavailable, OSError."""
+    async with _served(settings) as stub:
+        reply = await stub.Status(maintenance_pb2.StatusRequest(), timeout=_CALL_SECONDS)
+    found: dict[str, Any] = MessageToDict(reply.status)
+    return found
+
+
+async def set_log_level(settings: Config, level: str) -> str:
+    """The one before. Raises Unavailable, OSError."""
+    async with _served(settings) as stub:
+        request = maintenance_pb2.SetLogLevelRequest(level=level)
+        return str((await stub.SetLogLevel(request, timeout=_CALL_SECONDS)).previous)
+
+
+@asynccontextmanager
+async def _served(settings: Config) -> AsyncIterator[Any]:
+    """What only a daemon can be asked."""
+    async with _channel(settings) as channel:
+        if channel is None:
+            raise Unavailable(f"no daemon serves at {settings.address}")
+        try:
+            yield maintenance_pb2_grpc.MaintenanceStub(channel)  # type: ignore[no-untyped-call]
+        except grpc.aio.AioRpcError as error:
+            raise _failed(error) from None
 
 
 @asynccontextmanager

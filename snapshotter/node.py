@@ -78,6 +78,7 @@ class Node:
     """Everything behind the services, put together; recovered from whatever was before."""
 
     root: Path
+    settings: Config
     parts: Parts
     snapshots: Snapshots
     collector: Collector
@@ -183,4 +184,4 @@ async def opened(
             await snapshots.resume()
             trace("boot.resumed")
         fsck = Fsck(parts, builder, repair, partial(desync.unknown, metastore, content, names))
-        yield Node(root, parts, snapshots, collector, fsck, reserve, builder)
+        yield Node(root, settings, parts, snapshots, collector, fsck, reserve, builder)

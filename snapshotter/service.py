@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from snapshotter import VERSION
 from snapshotter.api.proto import (
     diff_pb2,
     diff_pb2_grpc,
@@ -23,12 +26,14 @@ from snapshotter.api.proto import (
 )
 from snapshotter.content import Blob, Caller
 from snapshotter.contracts import Mount
-from snapshotter.errors import Unavailable, Unimplemented, one_line, translate
+from snapshotter.errors import InvalidArgument, Unavailable, Unimplemented, one_line, translate
 from snapshotter.figures import Figures
 from snapshotter.fsck import Checked, Finding
+from snapshotter.log import LEVELS, level, set_level
 from snapshotter.metastore import Kind, Snapshot
 from snapshotter.node import Node
 from snapshotter.snapshots import Snapshots, applied_to
+from snapshotter.status import status
 
 _KINDS: Final = {
     Kind.VIEW: snapshots_pb2.VIEW,
@@ -95,6 +100,14 @@ class Waiting:
         if not self._node.done():
             raise Unavailable("the start is not over")
         return await self._node.result().figures()
+
+    async def status(self) -> dict[str, Any]:
+        """Raises OSError, KernelError, Internal."""
+        about = {"version": VERSION, "pid": os.getpid(), "root": str(self.root), "log_level": level()}
+        if not self._node.done():
+            return {"state": "recovering", **about}
+        node = self._node.result()
+        return {"state": "serving", **about, **status(await node.figures(), node.settings)}
 
     async def snapshots(self) -> Snapshots:
         """Raises Unavailable."""
@@ -213,7 +226,7 @@ class MaintenanceService(maintenance_pb2_grpc.MaintenanceServicer):
         self._waiting = waiting
 
     async def Check(self, request: Any, context: Any) -> None:
-        try:
+        async with _told(context):
             node = await self._waiting.node()
             check = node.fsck.check(
                 repair=request.repair, bytes_per_second=request.bytes_per_second, blocks_only=request.blocks_only
@@ -221,20 +234,37 @@ class MaintenanceService(maintenance_pb2_grpc.MaintenanceServicer):
             async with aclosing(check) as events:
                 async for event in events:
                     await context.write(_event(event))
-            return
-        except Exception as error:
-            failure = translate(error)
-        await context.abort(failure.code, one_line(str(failure)))
 
     async def Collect(self, request: Any, context: Any) -> maintenance_pb2.CollectResponse:
-        try:
+        async with _told(context):
             node = await self._waiting.node()
             done = await node.collector.collect(everything=request.everything)
             return maintenance_pb2.CollectResponse(layers=done.layers, size_bytes=done.size_bytes)
-        except Exception as error:
-            failure = translate(error)
-        await context.abort(failure.code, one_line(str(failure)))
         raise AssertionError("unreachable")
+
+    async def Status(self, request: Any, context: Any) -> maintenance_pb2.StatusResponse:
+        async with _told(context):
+            document = Struct()
+            document.update(await self._waiting.status())
+            return maintenance_pb2.StatusResponse(status=document)
+        raise AssertionError("unreachable")
+
+    async def SetLogLevel(self, request: Any, context: Any) -> maintenance_pb2.SetLogLevelResponse:
+        async with _told(context):
+            if request.level not in LEVELS:
+                raise InvalidArgument(f"no log level is called {request.level[:20]!r}; there are {', '.join(LEVELS)}")
+            return maintenance_pb2.SetLogLevelResponse(previous=set_level(request.level))
+        raise AssertionError("unreachable")
+
+
+@asynccontextmanager
+async def _told(context: Any) -> AsyncIterator[None]:
+    """The caller, of what goes wrong."""
+    try:
+        yield
+    except Exception as error:
+        failure = translate(error)
+        await context.abort(failure.code, one_line(str(failure)))
 
 
 def _event(event: Finding | Checked) -> maintenance_pb2.CheckEvent:

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from snapshotter import config, metastore
-from snapshotter.cli import config_commands, layer_commands, store_commands, uvm_commands
+from snapshotter.cli import config_commands, daemon_commands, layer_commands, store_commands, uvm_commands
 from snapshotter.cli.output import AsJSON, ConfigFile, reported, rows
 from snapshotter.metastore import Layer, Snapshot
 
@@ -24,6 +24,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(layer_commands.app, name="layer")
 app.add_typer(uvm_commands.app, name="uvm")
 app.add_typer(config_commands.app, name="config")
+app.command()(daemon_commands.status)
+app.command("log-level")(daemon_commands.log_level)
 app.command()(store_commands.fsck)
 app.command()(store_commands.scrub)
 app.command()(store_commands.gc)

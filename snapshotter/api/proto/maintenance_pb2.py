@@ -22,27 +22,36 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'snapshotter/api/proto/maintenance.proto\x12\x15tardev.maintenance.v1\"M\n\x0c\x43heckRequest\x12\x0e\n\x06repair\x18\x01 \x01(\x08\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\x12\x13\n\x0b\x62locks_only\x18\x03 \x01(\x08\"I\n\x07\x46inding\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x04 \x01(\t\"3\n\x08Progress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"}\n\nCheckEvent\x12\x31\n\x07\x66inding\x18\x01 \x01(\x0b\x32\x1e.tardev.maintenance.v1.FindingH\x00\x12\x33\n\x08progress\x18\x02 \x01(\x0b\x32\x1f.tardev.maintenance.v1.ProgressH\x00\x42\x07\n\x05\x65vent\"$\n\x0e\x43ollectRequest\x12\x12\n\neverything\x18\x01 \x01(\x08\"5\n\x0f\x43ollectResponse\x12\x0e\n\x06layers\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x32\xba\x01\n\x0bMaintenance\x12Q\n\x05\x43heck\x12#.tardev.maintenance.v1.CheckRequest\x1a!.tardev.maintenance.v1.CheckEvent0\x01\x12X\n\x07\x43ollect\x12%.tardev.maintenance.v1.CollectRequest\x1a&.tardev.maintenance.v1.CollectResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'snapshotter/api/proto/maintenance.proto\x12\x15tardev.maintenance.v1\x1a\x1cgoogle/protobuf/struct.proto\"M\n\x0c\x43heckRequest\x12\x0e\n\x06repair\x18\x01 \x01(\x08\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\x12\x13\n\x0b\x62locks_only\x18\x03 \x01(\x08\"I\n\x07\x46inding\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x04 \x01(\t\"3\n\x08Progress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"}\n\nCheckEvent\x12\x31\n\x07\x66inding\x18\x01 \x01(\x0b\x32\x1e.tardev.maintenance.v1.FindingH\x00\x12\x33\n\x08progress\x18\x02 \x01(\x0b\x32\x1f.tardev.maintenance.v1.ProgressH\x00\x42\x07\n\x05\x65vent\"$\n\x0e\x43ollectRequest\x12\x12\n\neverything\x18\x01 \x01(\x08\"5\n\x0f\x43ollectResponse\x12\x0e\n\x06layers\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x0f\n\rStatusRequest\"9\n\x0eStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.google.protobuf.Struct\"#\n\x12SetLogLevelRequest\x12\r\n\x05level\x18\x01 \x01(\t\"\'\n\x13SetLogLevelResponse\x12\x10\n\x08previous\x18\x01 \x01(\t2\xf7\x02\n\x0bMaintenance\x12Q\n\x05\x43heck\x12#.tardev.maintenance.v1.CheckRequest\x1a!.tardev.maintenance.v1.CheckEvent0\x01\x12X\n\x07\x43ollect\x12%.tardev.maintenance.v1.CollectRequest\x1a&.tardev.maintenance.v1.CollectResponse\x12U\n\x06Status\x12$.tardev.maintenance.v1.StatusRequest\x1a%.tardev.maintenance.v1.StatusResponse\x12\x64\n\x0bSetLogLevel\x12).tardev.maintenance.v1.SetLogLevelRequest\x1a*.tardev.maintenance.v1.SetLogLevelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snapshotter.api.proto.maintenance_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHECKREQUEST']._serialized_start=66
-  _globals['_CHECKREQUEST']._serialized_end=143
-  _globals['_FINDING']._serialized_start=145
-  _globals['_FINDING']._serialized_end=218
-  _globals['_PROGRESS']._serialized_start=220
-  _globals['_PROGRESS']._serialized_end=271
-  _globals['_CHECKEVENT']._serialized_start=273
-  _globals['_CHECKEVENT']._serialized_end=398
-  _globals['_COLLECTREQUEST']._serialized_start=400
-  _globals['_COLLECTREQUEST']._serialized_end=436
-  _globals['_COLLECTRESPONSE']._serialized_start=438
-  _globals['_COLLECTRESPONSE']._serialized_end=491
-  _globals['_MAINTENANCE']._serialized_start=494
-  _globals['_MAINTENANCE']._serialized_end=680
+  _globals['_CHECKREQUEST']._serialized_start=96
+  _globals['_CHECKREQUEST']._serialized_end=173
+  _globals['_FINDING']._serialized_start=175
+  _globals['_FINDING']._serialized_end=248
+  _globals['_PROGRESS']._serialized_start=250
+  _globals['_PROGRESS']._serialized_end=301
+  _globals['_CHECKEVENT']._serialized_start=303
+  _globals['_CHECKEVENT']._serialized_end=428
+  _globals['_COLLECTREQUEST']._serialized_start=430
+  _globals['_COLLECTREQUEST']._serialized_end=466
+  _globals['_COLLECTRESPONSE']._serialized_start=468
+  _globals['_COLLECTRESPONSE']._serialized_end=521
+  _globals['_STATUSREQUEST']._serialized_start=523
+  _globals['_STATUSREQUEST']._serialized_end=538
+  _globals['_STATUSRESPONSE']._serialized_start=540
+  _globals['_STATUSRESPONSE']._serialized_end=597
+  _globals['_SETLOGLEVELREQUEST']._serialized_start=599
+  _globals['_SETLOGLEVELREQUEST']._serialized_end=634
+  _globals['_SETLOGLEVELRESPONSE']._serialized_start=636
+  _globals['_SETLOGLEVELRESPONSE']._serialized_end=675
+  _globals['_MAINTENANCE']._serialized_start=678
+  _globals['_MAINTENANCE']._serialized_end=1053
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,16 @@ class MaintenanceStub(object):
                 request_serializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.CollectRequest.SerializeToString,
                 response_deserializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.CollectResponse.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/tardev.maintenance.v1.Maintenance/Status',
+                request_serializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.StatusRequest.SerializeToString,
+                response_deserializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.StatusResponse.FromString,
+                _registered_method=True)
+        self.SetLogLevel = channel.unary_unary(
+                '/tardev.maintenance.v1.Maintenance/SetLogLevel',
+                request_serializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.SetLogLevelRequest.SerializeToString,
+                response_deserializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.SetLogLevelResponse.FromString,
+                _registered_method=True)
 
 
 class MaintenanceServicer(object):
@@ -63,6 +73,20 @@ class MaintenanceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Status(self, request, context):
+        """What the daemon is at; answered while it recovers, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLogLevel(self, request, context):
+        """From now on, until the next start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MaintenanceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +99,16 @@ def add_MaintenanceServicer_to_server(servicer, server):
                     servicer.Collect,
                     request_deserializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.CollectRequest.FromString,
                     response_serializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.CollectResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.StatusRequest.FromString,
+                    response_serializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.StatusResponse.SerializeToString,
+            ),
+            'SetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLogLevel,
+                    request_deserializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.SetLogLevelRequest.FromString,
+                    response_serializer=snapshotter_dot_api_dot_proto_dot_maintenance__pb2.SetLogLevelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +165,60 @@ class Maintenance(object):
             '/tardev.maintenance.v1.Maintenance/Collect',
             snapshotter_dot_api_dot_proto_dot_maintenance__pb2.CollectRequest.SerializeToString,
             snapshotter_dot_api_dot_proto_dot_maintenance__pb2.CollectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tardev.maintenance.v1.Maintenance/Status',
+            snapshotter_dot_api_dot_proto_dot_maintenance__pb2.StatusRequest.SerializeToString,
+            snapshotter_dot_api_dot_proto_dot_maintenance__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tardev.maintenance.v1.Maintenance/SetLogLevel',
+            snapshotter_dot_api_dot_proto_dot_maintenance__pb2.SetLogLevelRequest.SerializeToString,
+            snapshotter_dot_api_dot_proto_dot_maintenance__pb2.SetLogLevelResponse.FromString,
             options,
             channel_credentials,
             insecure,
