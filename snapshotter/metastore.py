@@ -283,6 +283,15 @@ def _translated(error: sqlite3.Error, where: str, directory: Path) -> Snapshotte
     return Internal(f"{where}: {error}")
 
 
+def _twice(read: Callable[[], _T]) -> _T:
+    """What was short for a moment, descriptors or memory, need not fail a call that changes nothing; and SQLite does
+    not tell it from a broken disk."""
+    try:
+        return read()
+    except sqlite3.OperationalError:
+        return read()
+
+
 class _Database:
     """The transactions themselves, synchronous; only the metastore's thread calls them."""
 
@@ -763,7 +772,7 @@ class Metastore:
         **named: _P.kwargs,
     ) -> _T:
         try:
-            return database.reading(lambda: work(database, *arguments, **named))
+            return _twice(lambda: database.reading(lambda: work(database, *arguments, **named)))
         except sqlite3.Error as error:
             raise _translated(error, "metadata", self._path.parent) from error
 
@@ -795,7 +804,8 @@ class Metastore:
         """
 
         def first() -> Generator[list[Snapshot], None, None]:
-            at_end.callback((database := _Database(self._path, read_only=True)).connection.close)
+            database = _twice(lambda: _Database(self._path, read_only=True))
+            at_end.callback(database.connection.close)
             return at_end.enter_context(closing(database.walk(snapshotter, _few(names), _few(parents))))
 
         with ExitStack() as at_end:

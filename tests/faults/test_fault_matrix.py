@@ -75,10 +75,8 @@ class Scene:
     outcome: Outcome = field(default_factory=Outcome)
 
 
-def fitting(error: int, failed: list[Call]) -> set[grpc.StatusCode]:
-    # Why SQLite could not read, it does not hand on; a write that fails for want of room would fail again.
-    read_of_metadata = any(call.function.startswith("pread") and call.place.startswith("metadata") for call in failed)
-    if error == errno.EIO or read_of_metadata:
+def fitting(error: int) -> set[grpc.StatusCode]:
+    if error == errno.EIO:
         return {Code.INTERNAL, Code.DATA_LOSS, Code.UNAVAILABLE}
     return {Code.RESOURCE_EXHAUSTED}
 
@@ -121,7 +119,7 @@ def fail(scene: Scene, function: str, number: int, error: int, place: str) -> No
         journey.act(stage)
     except grpc.RpcError as refused:
         code = refused.code().name
-        if refused.code() not in fitting(error, scene.shim.failed()):
+        if refused.code() not in fitting(error):
             outcome.wrong.append(f"{what}: {code}: {refused.details()}")
     except ProcessFailed as died:
         code = "no start"

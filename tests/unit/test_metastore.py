@@ -780,3 +780,29 @@ async def test_a_snapshot_that_was_never_answered_for_is_discarded(store: Metast
     await store.discard(active.id)
     await store.discard(done.id)
     assert [row.name for row in await store.snapshots()] == ["done"]
+
+
+async def test_a_read_that_fails_for_a_moment_is_read_again(
+    store: Metastore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store, "k")
+    failures = 0
+    real = module._Database.existing
+
+    def existing(database: object, snapshotter: str, name: str) -> Snapshot:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return real(database, snapshotter, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module._Database, "existing", existing)
+    failures = 1
+    assert (await store.stat(S, "k")).name == "k"
+    failures = 2
+    with pytest.raises(Internal, match="disk I/O error"):
+        await store.stat(S, "k")
+    assert failures == 0
+    # Nothing is open of it: what is written now is seen.
+    await create(store, "l")
+    assert (await store.stat(S, "l")).name == "l"
