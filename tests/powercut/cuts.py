@@ -182,15 +182,25 @@ def mounted(image: Path, target: Path, kind: str) -> Iterator[Path]:
 
 
 def acknowledged(point: Point) -> set[str]:
-    """Chain IDs that must be there: committed, and nobody has begun to remove them."""
+    """Chain IDs that must be there: committed, and nobody has begun to remove them. containerd's collector may have
+    begun what it is only later seen to have done."""
     there: set[str] = set()
+    going: set[str] = set()
     for mark in point.marks:
         word, _, name = mark.partition("/")
         if word == "committed":
             there.add(name)
+        elif word == "gone":
+            there.discard(name)
         elif word == "removing":
             there.clear()
-    return there
+    for mark in reversed(point.later):
+        word, _, name = mark.partition("/")
+        if word == "gone":
+            going.add(name)
+        elif word == "committed":
+            going.discard(name)
+    return there - going
 
 
 def _servers(root: Path, directory: Path) -> tuple[Daemon, Containerd]:

@@ -108,15 +108,18 @@ def committed(containerd: Containerd, snapshotter: str) -> set[str]:
 
 @contextlib.contextmanager
 def marked(look: Callable[[], set[str]]) -> Iterator[None]:
-    """Each snapshot that is seen committed gets its mark, within moments."""
+    """Each snapshot that is seen committed gets its mark, within moments; and one that is seen no more, too."""
     done = threading.Event()
 
     def watch() -> None:
         seen: set[str] = set()
         while not done.wait(0.02):
-            for name in sorted(look() - seen):
+            now = look()
+            for name in sorted(now - seen):
                 mark(f"committed/{name}")
-                seen.add(name)
+            for name in sorted(seen - now):
+                mark(f"gone/{name}")
+            seen = now
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -67,6 +67,7 @@ class Point:
 
     number: int
     marks: tuple[str, ...]  # before it
+    later: tuple[str, ...] = ()  # behind it, in the journey that was not cut
 
 
 class Disk:
@@ -87,6 +88,7 @@ class Disk:
     def points(self) -> Iterator[tuple[Point, Sequence[Entry]]]:
         """At each barrier; and the writes since the one before it, of which any may be missing at a power cut. They are
         applied when the next point is asked for."""
+        every = tuple(entry.mark for entry in self.entries if entry.mark)
         marks: list[str] = []
         waiting: list[Entry] = []
         number = 0
@@ -96,7 +98,7 @@ class Disk:
             elif not entry.flags & MARK:
                 waiting.append(entry)
             if entry.is_barrier:
-                yield Point(number, tuple(marks)), tuple(waiting)
+                yield Point(number, tuple(marks), every[len(marks) :]), tuple(waiting)
                 number += 1
                 for each in waiting:
                     self.apply(each)

@@ -80,6 +80,13 @@ def test_a_removal_that_began_takes_the_promise_back() -> None:
     assert acknowledged(Point(0, marks)) == {"sha256:a"}
 
 
+def test_what_containerd_is_seen_to_have_collected_was_being_collected_before() -> None:
+    marks = ("committed/a", "committed/b", "gone/a", "committed/a")
+    assert acknowledged(Point(0, marks[:2], marks[2:])) == {"b"}
+    assert acknowledged(Point(0, marks[:3], marks[3:])) == {"b"}
+    assert acknowledged(Point(0, marks)) == {"a", "b"}
+
+
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(bytes(4096))
     with pytest.raises(ValueError, match="no log"):
