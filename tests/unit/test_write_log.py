@@ -55,7 +55,7 @@ def test_each_point_has_what_was_written_and_marked_before_it(tmp_path: Path) ->
         found.append((point, image.read_bytes()[::SECTOR], [each.offset // SECTOR for each in waiting]))
     disk.close()
     assert found == [
-        (Point(0, ()), b"----", [0, 1]),
+        (Point(0, (), ("committed/x",)), b"----", [0, 1]),
         (Point(1, ("committed/x",)), b"ab--", [0, 2, 1, 0]),
     ]
     # After the last barrier: what was in front of it, and nothing of what came later.
