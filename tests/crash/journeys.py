@@ -325,7 +325,7 @@ class Journey:
     """`set_up` comes first, unharmed; `act` may be cut anywhere and called again, until it ends; then `check`.
 
     `fresh`: the daemon starts anew between them, for layers that it has handed out lately are not swept. `boot`: the
-    set-up leaves it stopped, and to act is to start it.
+    set-up leaves it stopped, and to act is to start it. `damages`: the set-up spoils a layer's file.
     """
 
     name: str
@@ -335,6 +335,12 @@ class Journey:
     config: str = ""
     fresh: bool = False
     boot: bool = False
+    damages: bool = False
+
+    @property
+    def mends(self) -> bool:
+        """A start puts a bad file aside, for somebody to look at, and makes the layer again behind its answers."""
+        return self.boot or self.damages
 
 
 def named(contract: str, layer_format: str, more: str = "") -> str:
@@ -544,7 +550,7 @@ JOURNEYS: Final = [
     Journey("kata-erofs: boot", _begun, _sidecars_left, _runs, _EROFS, boot=True),
     Journey("kata-tardev: pull", _pulled, check=_runs, config=_TARDEV),
     Journey("kata-tardev: start", Stage.start_container, _pulled, config=_TARDEV),
-    Journey("kata-tardev: mending", _mend, _damage, _runs, _TARDEV),
+    Journey("kata-tardev: mending", _mend, _damage, _runs, _TARDEV, damages=True),
     Journey("kata-tardev: removal", Stage.remove_image, _pulled, _all_gone, _TARDEV, fresh=True),
     Journey("kata-erofs: start", Stage.start_container, _pulled, config=_EROFS),
     Journey("kata-erofs: removal", Stage.remove_image, _runs, _all_gone, _EROFS, fresh=True),

@@ -136,12 +136,12 @@ def kill_at(stage: Stage, journey: Journey, point: str, number: int, outcome: Ou
 
 def broken(stage: Stage, journey: Journey) -> list[str]:
     """A layer whose file was lost before the start is made again behind the answers."""
-    return oracle.broken(stage.daemon, _MENDED_SECONDS if journey.boot else 0)
+    return oracle.broken(stage.daemon, _MENDED_SECONDS if journey.mends else 0)
 
 
 def left_behind(stage: Stage, journey: Journey) -> list[str]:
     # A damaged file is put aside for somebody to look at, when a start finds it.
-    return oracle.leftovers(stage.daemon, mended=journey.boot)
+    return oracle.leftovers(stage.daemon, mended=journey.mends)
 
 
 def judge(stage: Stage, journey: Journey, outcome: Outcome) -> None:
@@ -151,7 +151,7 @@ def judge(stage: Stage, journey: Journey, outcome: Outcome) -> None:
     outcome.left += [f"{journey.name}, at the end: {left}" for left in left_behind(stage, journey)]
     if stage.daemon.layers():
         outcome.left.append(f"{journey.name}, at the end: rows of {len(stage.daemon.layers())} layers")
-    if allocated_bytes(stage.daemon.root) > 4096 and not journey.boot:
+    if allocated_bytes(stage.daemon.root) > 4096 and not journey.mends:
         outcome.left.append(f"{journey.name}, at the end: {allocated_bytes(stage.daemon.root)} bytes")
     assert not outcome.lost, "\n".join(outcome.lost)
     assert not outcome.left, "\n".join(outcome.left)

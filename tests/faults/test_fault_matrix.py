@@ -138,11 +138,11 @@ def fail(scene: Scene, function: str, number: int, error: int, place: str) -> No
     elif not stage.daemon.alive():
         outcome.wrong.append(f"{what}: it died: {stage.daemon.log.read_text()[-1000:]}")
         stage.start()
-    left = oracle.leftovers(stage.daemon, mended=journey.boot, seconds=0.5)
+    left = oracle.leftovers(stage.daemon, mended=journey.mends, seconds=0.5)
     if left:
         outcome.until_cleanup += [f"{what}: {each}" for each in left]
         stage.cleanup()
-        left = oracle.leftovers(stage.daemon, mended=journey.boot, seconds=1)
+        left = oracle.leftovers(stage.daemon, mended=journey.mends, seconds=1)
     outcome.until_start += [f"{what}: {each}" for each in left]
     outcome.lost += [f"{what}: {name}" for name in (*stage.lost(), *broken(stage, journey))]
     try:
@@ -156,7 +156,7 @@ def fail(scene: Scene, function: str, number: int, error: int, place: str) -> No
         stage.start()
     stage.collect()
     outcome.lost += [f"{what}, after the retry: {name}" for name in (*stage.lost(), *oracle.broken(stage.daemon))]
-    left = oracle.leftovers(stage.daemon, mended=journey.boot)
+    left = oracle.leftovers(stage.daemon, mended=journey.mends)
     outcome.left += [f"{what}, after the retry: {each}" for each in left]
     stage.clear()
 
@@ -165,7 +165,7 @@ def judge(scene: Scene) -> None:
     scene.stage.start()
     scene.stage.cleanup()
     outcome = scene.outcome
-    outcome.left += [f"at the end: {left}" for left in oracle.leftovers(scene.stage.daemon, mended=scene.journey.boot)]
+    outcome.left += [f"at the end: {left}" for left in oracle.leftovers(scene.stage.daemon, mended=scene.journey.mends)]
     assert not scene.stage.daemon.layers()
     for found in (outcome.lost, outcome.wrong, outcome.left, outcome.failed):
         assert not found, "\n".join(found)
