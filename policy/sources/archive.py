@@ -29,6 +29,7 @@ from policy.documents import (
 )
 from policy.errors import ImageError
 from policy.sources.directory import of_layout
+from policy.sources.reference import Reference
 from policy.sources.source import PIECE_BYTES, Stream, piped
 from verity.buffers import Buffer
 
@@ -118,6 +119,14 @@ class LayoutArchive(_Archive):
             yield stream
 
 
+def _whole_name(text: str) -> str:
+    """Docker leaves out what it adds itself, others do not. What is no name stays as it is."""
+    try:
+        return str(Reference.parse(text))
+    except ImageError:
+        return text
+
+
 class _Saved(msgspec.Struct, rename="pascal"):
     """In manifest.json, which is a list of them."""
 
@@ -156,8 +165,8 @@ class DockerArchive(_Archive):
         found = documents.decoded(self._read("manifest.json"), list[_Saved], what)
         tags = sorted(tag for each in found for tag in each.repo_tags or ())
         if self._wanted:
-            wanted = {self._wanted, f"{self._wanted}:latest"}
-            found = [each for each in found if wanted & set(each.repo_tags or ())]
+            wanted = _whole_name(self._wanted)
+            found = [each for each in found if wanted in map(_whole_name, each.repo_tags or ())]
         if not found:
             raise NoSuchImage(f"image {self.name}: not in the archive; there is {', '.join(tags) or 'nothing'}")
         if len(found) > 1:

@@ -83,6 +83,7 @@ class _Auth(TokenAuth):  # type: ignore[misc]  # the library has no types
     def authenticate_request(
         self, original: requests.Response, headers: dict[str, str] | None, refresh: bool = False
     ) -> tuple[dict[str, str], bool]:
+        original.close()
         headers = dict(headers or {})
         challenge = original.headers.get("Www-Authenticate", "")
         if headers.pop("Authorization", None) and not self.token:
@@ -293,20 +294,20 @@ class RegistrySource:
             wait = _FIRST_WAIT_SECONDS
             local = Reference(host, "").is_local
             for attempt in range(1, _ATTEMPTS + 1):
-                with closing(_Endpoint(host, self.reference.repository, self._plain_http or local)) as endpoint:
-                    try:
+                try:
+                    with closing(_Endpoint(host, self.reference.repository, self._plain_http or local)) as endpoint:
                         return work(endpoint)
-                    except RegistryError as error:
+                except RegistryError as error:
+                    if last:
+                        raise RegistryError(f"image {self.name}: {error}") from None
+                    break
+                except _Passing as error:
+                    if attempt == _ATTEMPTS:
                         if last:
-                            raise RegistryError(f"image {self.name}: {error}") from None
+                            raise RegistryError(
+                                f"image {self.name}: registry {host} {error}, {attempt} times"
+                            ) from None
                         break
-                    except _Passing as error:
-                        if attempt == _ATTEMPTS:
-                            if last:
-                                raise RegistryError(
-                                    f"image {self.name}: registry {host} {error}, {attempt} times"
-                                ) from None
-                            break
                 self._sleep(wait)
                 wait *= 2
         raise AssertionError("unreachable")
