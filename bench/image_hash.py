@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`./dev bench image`: `tardevctl image hash` of a large image in a local registry, beside what it cannot be quicker than.
+"""`./dev bench image`: `tardevctl image hash` of a large image in a local registry, and what bounds it.
 
 The limit is the largest of {download alone, inflate alone, half the sum of all CPU work}: two cores.
 """
@@ -150,9 +150,8 @@ def main() -> None:
             verdicts.append((f"{name} to the limit", wall / limit, TO_LIMIT_MAX))
         table.add_row(name, f"{wall:.2f}", f"{cpu:.2f}", f"{max(found[name])[0]:.2f}", ratio)
     verdicts.append(("warm cache, seconds", best["warm cache"][0], WARM_SECONDS_MAX))
-    console.print(
-        f"{LAYERS} layers, {options.size / 1e6:.0f} MB, gzip {sum(b.stat().st_size for b in blobs) / 1e6:.0f} MB"
-    )
+    compressed = sum(blob.stat().st_size for blob in blobs)
+    console.print(f"{LAYERS} layers, {options.size / 1e6:.0f} MB, gzip {compressed / 1e6:.0f} MB")
     console.print(table)
     for what, figure, most in verdicts:
         console.print(f"{'reached' if figure <= most else 'MISSED ':8} {what}: {figure:.2f} (target {most})")

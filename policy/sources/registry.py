@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import requests
 from oras.auth.token import TokenAuth
+from oras.logger import setup_logger
 from oras.provider import Registry
 from requests.adapters import HTTPAdapter
 
@@ -46,6 +47,8 @@ _PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
 _WORDS_MAX: Final = 200
 
 _T = TypeVar("_T")
+
+setup_logger(quiet=True)  # what it would tell a person, our errors do
 
 
 class _Passing(Exception):
@@ -96,7 +99,7 @@ class _Auth(TokenAuth):  # type: ignore[misc]  # the library has no types
         realm = _realm(challenge)
         if not realm:
             raise _Refused(f"refuses with status {original.status_code}")
-        if self._secure and urlsplit(realm).scheme != "https":
+        if urlsplit(realm).scheme not in (("https",) if self._secure else ("https", "http")):
             raise _Refused(f"wants a token fetched from {realm[:_WORDS_MAX]!r}, which is not https")
         self.token = None
         headers, changed = super().authenticate_request(original, headers)

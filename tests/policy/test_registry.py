@@ -415,7 +415,7 @@ def test_tokens(server: Server, docker: Callable[[Any], None]) -> None:
     docker({"auths": {server.host: {"auth": AUTH}}})
     assert len(hashed(f"{server.host}/a").layers) == 2
     tokens.realm = "file:///etc/passwd"
-    refused(f"{server.host}/a", "No connection adapters")
+    refused(f"{server.host}/a", "wants a token fetched from 'file:///etc/passwd', which is not https")
 
 
 def test_an_index_in_a_registry(server: Server) -> None:
