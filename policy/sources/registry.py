@@ -8,6 +8,7 @@ A registry is never believed: what it sends is checked by digest, here or by who
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from urllib.parse import urlsplit
 
 import requests
 from oras.auth.token import TokenAuth
-from oras.logger import setup_logger
+from oras.auth.utils import get_basic_auth, parse_auth_header
+from oras.logger import logger
 from oras.provider import Registry
 from requests.adapters import HTTPAdapter
 
@@ -48,7 +50,7 @@ _WORDS_MAX: Final = 200
 
 _T = TypeVar("_T")
 
-setup_logger(quiet=True)  # what it would tell a person, our errors do
+logger.set_level(logging.CRITICAL)  # what it would tell a person, our errors do
 
 
 class _Passing(Exception):
@@ -74,14 +76,33 @@ class _Auth(TokenAuth):  # type: ignore[misc]  # the library has no types
     def __init__(self, host: str, secure: bool) -> None:
         super().__init__()
         self.token: str | None = None
-        self._secure = secure
+        self._host, self._secure = host, secure
         self._auth_config = _docker_config()
         names = [host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
         try:
             if not any(map(self._load_auth, [_HUB_KEY] if host == DOCKER_HUB else names)):
                 self._basic_auth = ""
         except (ValueError, KeyError, TypeError, AttributeError, OSError, subprocess.SubprocessError) as error:
-            raise RegistryError(f"registry {host}: no credentials from Docker's configuration: {error!r}") from None
+            raise RegistryError(
+                f"registry {host}: no credentials from Docker's configuration: {_short(error)}"
+            ) from None
+
+    def _get_auth_from_creds_store(self, suffix: str, hostname: str) -> str | None:
+        """As the library does, but what goes wrong is no warning that scrolls by, and takes no longer than it may."""
+        program = f"docker-credential-{suffix}"
+        done = subprocess.run(
+            [program, "get"], input=hostname.encode(), capture_output=True, timeout=_ANSWER_SECONDS, check=False
+        )
+        said = (done.stdout + done.stderr).decode("utf-8", "replace").strip()
+        if done.returncode:
+            # The words of Docker's own helpers, and of those made with its library, for "none".
+            if "credentials not found" in said.lower():
+                return None
+            raise ValueError(f"{program} ended with status {done.returncode}: {said[:_WORDS_MAX]}")
+        found = json.loads(done.stdout)
+        if found["Username"] == "<token>":
+            raise ValueError(f"{program} has an identity token, which is not supported")
+        return str(get_basic_auth(found["Username"], found["Secret"]))
 
     def authenticate_request(
         self, original: requests.Response, headers: dict[str, str] | None, refresh: bool = False
@@ -110,8 +131,6 @@ class _Auth(TokenAuth):  # type: ignore[misc]  # the library has no types
 
 
 def _realm(challenge: str) -> str:
-    from oras.auth.utils import parse_auth_header
-
     return (parse_auth_header(challenge).realm or "") if challenge.lower().startswith("bearer") else ""
 
 

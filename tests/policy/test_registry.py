@@ -145,7 +145,7 @@ def test_basic_credentials(
     monkeypatch.setenv("PATH", f"{helper.parent}:/usr/bin:/bin")
 
     def says(text: str) -> None:
-        helper.write_text(f"#!/bin/sh\n[ \"$1\" = get ] && grep -q '^{server.host}$' && {text}\n")
+        helper.write_text(f"#!/bin/sh\n[ \"$1\" = get ] && grep -q '^{server.host}$' && {{ {text}; }}\n")
         helper.chmod(0o755)
 
     says("""echo '{"Username": "owner", "Secret": "secret"}'""")
@@ -155,7 +155,11 @@ def test_basic_credentials(
     says("echo no JSON")
     refused(reference, "no credentials from Docker's configuration")
     says("exit 1")
+    refused(reference, "no credentials from Docker's configuration: docker-credential-mine ended with status 1")
+    says("echo credentials not found in native keychain; exit 1")
     refused(reference, "asks for credentials, and Docker's configuration has none for it")
+    helper.unlink()
+    refused(reference, "no credentials from Docker's configuration: .*docker-credential-mine")
 
 
 # --- servers made for it
