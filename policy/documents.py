@@ -112,7 +112,7 @@ class LayerDescriptor(Descriptor):
     urls: list[str] | None = None
 
 
-class _Manifest(msgspec.Struct):
+class Manifest(msgspec.Struct):
     config: Descriptor
     layers: list[LayerDescriptor]
 
@@ -284,7 +284,7 @@ def resolved(
         root = checked(chosen(listed, name, wanted or host_platform()), name)
     else:
         raise ImageError(f"image {name}: indexes in indexes, over {DEPTH_MAX} of them")
-    manifest = decoded_strictly(text, _Manifest, f"image {name}: manifest {root.digest}")
+    manifest = decoded_strictly(text, Manifest, f"image {name}: manifest {root.digest}")
     if manifest.config.media_type not in _CONFIGS:
         raise ImageError(f"image {name}: its config is of the media type {manifest.config.media_type!r}: no image")
     if manifest.config.size > DOCUMENT_BYTES_MAX:

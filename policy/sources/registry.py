@@ -76,7 +76,7 @@ class _Auth(TokenAuth):  # type: ignore[misc]  # the library has no types
     def __init__(self, host: str, secure: bool) -> None:
         super().__init__()
         self.token: str | None = None
-        self._host, self._secure = host, secure
+        self._secure = secure
         self._auth_config = _docker_config()
         names = [host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
         try:
