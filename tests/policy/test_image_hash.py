@@ -261,7 +261,10 @@ def test_what_is_known_is_not_read_again(tmp_path: Path, cache: caches.Cache, wa
         hashed(reference, "erofs-4k", cache=cache)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe", b"x" * 10_000, None, "other"])
+@pytest.mark.parametrize(
+    "damage",
+    in_every_run([b"", b"{", b"[]", b"\xff\xfe", b"x" * 10_000, None, "other"], (b"{", None, "other").__contains__),
+)
 def test_a_damaged_entry_is_made_again(
     damage: bytes | str | None, tmp_path: Path, cache: caches.Cache, warnings: list[str]
 ) -> None:

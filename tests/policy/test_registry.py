@@ -22,6 +22,7 @@ from policy.hashed import HashedImage
 from policy.image_hash import hash_image
 from policy.sources import Access, opened, registry
 from snapshotter.cli.main import app
+from tests.conftest import in_every_run
 from tests.harness import Registry
 from tests.policy.layouts import INDEX, MANIFEST, Layout, small_tar
 
@@ -278,7 +279,7 @@ def test_an_end_before_the_end(server: Server) -> None:
     refused(f"{server.host}/a", r"breaks off: .*, 4 times")
 
 
-@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("ranges", in_every_run([True, False], bool))
 def test_what_broke_off_goes_on(server: Server, ranges: bool) -> None:
     """Once with a registry that can go on, once with one that begins again."""
     times = 0
