@@ -23,13 +23,11 @@ import msgspec
 
 from blockdev.errors import EXHAUSTED
 from policy.chain import ChainID, chain_id, is_digest
+from policy.documents import DOCUMENT_BYTES_MAX, LAYERS_MAX, Descriptor
 from snapshotter.api.proto import content_pb2, content_pb2_grpc
 from snapshotter.errors import InvalidArgument, NotFound, SnapshotterError, Unavailable, translate
 from snapshotter.names import namespace_of
 
-# containerd's own bound for what it reads whole (core/images: "manifest too large").
-DOCUMENT_BYTES_MAX: Final = 8 << 20
-LAYERS_MAX: Final = 1000
 _TEXT_MAX: Final = 255
 _INDEX_BYTES_MAX: Final = 64 << 20
 _CALL_SECONDS: Final = 10.0
@@ -74,14 +72,6 @@ class Blob:
     digest: str
     size_bytes: int
     media_type: str
-
-
-class Descriptor(msgspec.Struct, rename="camel"):
-    """OCI image specification: descriptor.md."""
-
-    digest: str
-    size: int
-    media_type: str = ""
 
 
 class _Rootfs(msgspec.Struct):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import platform
 import re
 import tarfile
 from collections.abc import Sequence
@@ -20,70 +19,34 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
 import grpc
-import msgspec
 
+from policy import documents
 from policy.chain import ChainID, chain_id, is_digest
+from policy.documents import (
+    DEPTH_MAX,
+    DOCUMENT_BYTES_MAX,
+    INDEXES,
+    LAYERS_MAX,
+    MANIFESTS,
+    REFERENCE_NAME,
+    Config,
+    Descriptor,
+    Index,
+    Listed,
+    Manifest,
+    Process,
+    host_platform,
+)
+from policy.errors import ImageError
 from snapshotter.api.proto import images_pb2, images_pb2_grpc
 from snapshotter.containerd import CALL_SECONDS, refused
-from snapshotter.content import DOCUMENT_BYTES_MAX, LAYERS_MAX, Blob, Caller, Content, Descriptor, blob_of
+from snapshotter.content import Blob, Caller, Content, blob_of
 from snapshotter.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
 
-MANIFESTS: Final = frozenset(
-    {"application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"}
-)
-INDEXES: Final = frozenset(
-    {"application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"}
-)
-_DEPTH_MAX: Final = 4  # of indexes in indexes
-_NAME: Final = "org.opencontainers.image.ref.name"
 _IN_LAYOUT: Final = re.compile(r"oci-layout|index\.json|blobs/sha256/[0-9a-f]{64}")
 _PIECE_BYTES: Final = 1 << 20
-# As images spell what uname(2) says (Go: GOARCH).
-_ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 
 _T = TypeVar("_T")
-
-
-class Platform(msgspec.Struct):
-    os: str = ""
-    architecture: str = ""
-
-
-class _Manifest(msgspec.Struct):
-    config: Descriptor
-    layers: list[Descriptor]
-
-
-class _Listed(Descriptor):
-    platform: Platform | None = None
-    annotations: dict[str, str] | None = None
-
-
-class _Index(msgspec.Struct):
-    manifests: list[_Listed]
-
-
-class _Rootfs(msgspec.Struct):
-    diff_ids: list[str]
-
-
-class Process(msgspec.Struct, rename="pascal"):
-    """What an image runs. Each may be missing, or null."""
-
-    entrypoint: list[str] | None = None
-    cmd: list[str] | None = None
-    env: list[str] | None = None
-    working_dir: str | None = None
-    user: str | None = None
-
-    def arguments(self, command: Sequence[str]) -> list[str]:
-        """`command` takes the place of the image's own, behind its entrypoint."""
-        return [*(self.entrypoint or ()), *(command or self.cmd or ())]
-
-
-class _Config(msgspec.Struct):
-    rootfs: _Rootfs
-    config: Process | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +67,6 @@ class Image:
         return chain
 
 
-def host_platform() -> Platform:
-    machine = platform.machine()
-    return Platform("linux", _ARCHITECTURES.get(machine, machine))
-
-
 async def from_containerd(content: Content, reference: str, caller: Caller) -> Image:
     """Raises NotFound, Unavailable, and as `resolved`."""
     stub = images_pb2_grpc.ImagesStub(content.channel())  # type: ignore[no-untyped-call]
@@ -119,7 +77,7 @@ async def from_containerd(content: Content, reference: str, caller: Caller) -> I
     except grpc.aio.AioRpcError as error:
         raise refused("images", error.code(), error.details()) from None
     target = reply.image.target
-    root = _blob(_Listed(target.digest, target.size, target.media_type), reference)
+    root = _blob(Listed(target.digest, target.size, target.media_type), reference)
     return await resolved(content, reference, root, caller)
 
 
@@ -135,7 +93,7 @@ async def with_layer(content: Content, diff_id: str, caller: Caller) -> list[str
     for image in reply.images:
         target = image.target
         with suppress(SnapshotterError):
-            root = _blob(_Listed(target.digest, target.size, target.media_type), image.name)
+            root = _blob(Listed(target.digest, target.size, target.media_type), image.name)
             if diff_id in (await resolved(content, image.name, root, caller)).diff_ids:
                 found.append(image.name)
     return found
@@ -154,9 +112,9 @@ async def from_layout(content: Content, directory: Path, tag: str = "") -> Image
         raise NotFound(f"{directory} is no OCI image layout: {error}") from None
     if len(text) > DOCUMENT_BYTES_MAX:
         raise InvalidArgument(f"image {name}: its index has over {DOCUMENT_BYTES_MAX} bytes")
-    listed = _decoded(text, _Index, f"image {name}: index.json").manifests
+    listed = _decoded(text, Index, f"image {name}: index.json").manifests
     if tag:
-        listed = [each for each in listed if (each.annotations or {}).get(_NAME) == tag]
+        listed = [each for each in listed if (each.annotations or {}).get(REFERENCE_NAME) == tag]
     root = _chosen(listed, name)
     return await resolved(content, name, _blob(root, name), Caller(""))
 
@@ -167,18 +125,18 @@ async def resolved(content: Content, name: str, root: Blob, caller: Caller) -> I
     Raises NotFound (a blob; no manifest for this machine), DataLoss (other bytes than the digest's),
     InvalidArgument (no image that we know), FailedPrecondition (not one, but several), Unavailable.
     """
-    for _ in range(_DEPTH_MAX):
+    for _ in range(DEPTH_MAX):
         text = await _document(content, name, root, caller)
         if root.media_type in MANIFESTS:
             break
         if root.media_type not in INDEXES:
             raise InvalidArgument(f"image {name}: {root.digest} is of the media type {root.media_type!r}")
-        root = _blob(_chosen(_decoded(text, _Index, f"image {name}: {root.digest}").manifests, name), name)
+        root = _blob(_chosen(_decoded(text, Index, f"image {name}: {root.digest}").manifests, name), name)
     else:
-        raise InvalidArgument(f"image {name}: indexes in indexes, over {_DEPTH_MAX} of them")
-    manifest = _decoded(text, _Manifest, f"image {name}: manifest {root.digest}")
+        raise InvalidArgument(f"image {name}: indexes in indexes, over {DEPTH_MAX} of them")
+    manifest = _decoded(text, Manifest, f"image {name}: manifest {root.digest}")
     described = _blob(manifest.config, name)
-    config = _decoded(await _document(content, name, described, caller), _Config, f"image {name}: config")
+    config = _decoded(await _document(content, name, described, caller), Config, f"image {name}: config")
     diff_ids = config.rootfs.diff_ids
     if not 1 <= len(manifest.layers) <= LAYERS_MAX or len(diff_ids) != len(manifest.layers):
         raise InvalidArgument(
@@ -191,19 +149,13 @@ async def resolved(content: Content, name: str, root: Blob, caller: Caller) -> I
     return Image(name, layers, tuple(diff_ids), config.config or Process())
 
 
-def _chosen(listed: Sequence[_Listed], name: str) -> _Listed:
-    wanted = host_platform()
-    # Of what is no image, builders say that it is for the platform unknown/unknown.
-    known = [each for each in listed if each.media_type in MANIFESTS | INDEXES]
-    fitting = [each for each in known if each.platform in (None, wanted)]
-    if len({each.digest for each in fitting}) == 1:
-        return fitting[0]
-    if fitting:
-        names = sorted(filter(None, ((each.annotations or {}).get(_NAME) for each in fitting)))
-        said = f": give one of {', '.join(names)}" if names else ""
-        raise FailedPrecondition(f"image {name}: {len(fitting)} images are for this machine{said}")
-    have = ", ".join(f"{each.platform.os}/{each.platform.architecture}" for each in known if each.platform)
-    raise NotFound(f"image {name}: none for {wanted.os}/{wanted.architecture}; there is {have or 'none at all'}")
+def _chosen(listed: Sequence[Listed], name: str) -> Listed:
+    try:
+        return documents.chosen(listed, name, host_platform())
+    except documents.SeveralImages as error:
+        raise FailedPrecondition(str(error)) from None
+    except documents.NoSuchImage as error:
+        raise NotFound(str(error)) from None
 
 
 def _blob(descriptor: Descriptor, name: str) -> Blob:
@@ -233,9 +185,9 @@ def _read(fd: int, count: int) -> bytes:
 
 def _decoded(text: bytes, kind: type[_T], what: str) -> _T:
     try:
-        return msgspec.json.decode(text, type=kind)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InvalidArgument(f"{what}: {error}") from None
+        return documents.decoded(text, kind, what)
+    except ImageError as error:
+        raise InvalidArgument(str(error)) from None
 
 
 def unpack_archive(archive: Path, directory: Path) -> None:

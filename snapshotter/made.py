@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from typing import Final
 
-from blockdev.formats.layer_file import FORMATS, HEAD_BYTES
-from blockdev.formats.layer_writer import LayerWriter
-from blockdev.formats.limits import Limits
+from blockdev.formats.layer_file import FORMATS
+from blockdev.small_layer import write_layer
 from blockdev.workers.launch import LayerRecord
 from snapshotter.builder import Builder
 from snapshotter.layerstore import LayerStore, Staged
@@ -19,8 +17,6 @@ from snapshotter.log import get_logger
 from snapshotter.metastore import Layer, LayerState, Metastore
 from snapshotter.tasks import to_the_end
 from snapshotter.trace import trace
-from verity.buffers import Buffer
-from verity.hasher import LeafStore
 
 EMPTY_TAR: Final = bytes(1024)
 
@@ -70,26 +66,7 @@ class Made:
 
 def _build(staged: Staged, content: bytes, format: str) -> LayerRecord:
     """The layer file, into the staged one. Raises OSError."""
-    offset = HEAD_BYTES
-
-    def write(data: Buffer) -> None:
-        nonlocal offset
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(staged.fd, view, offset)
-            offset += written
-            view = view[written:]
-
-    def write_head(data: bytes) -> None:
-        if os.pwrite(staged.fd, data, 0) != len(data):
-            raise OSError("short write of the head")
-
-    writer = LayerWriter(
-        FORMATS[format], write=write, write_head=write_head, leaves=LeafStore(), limits=Limits(),
-        read_back=lambda at, size: os.pread(staged.fd, size, at),
-    )  # fmt: skip
-    writer.feed(content)
-    built = writer.finish(hashlib.sha256(content).digest())
+    built = write_layer(staged.fd, content, FORMATS[format])
     return LayerRecord(
         built.format, "sha256:" + built.diff_id.hex(), built.root_hash.hex(), built.tar_size_bytes,
         built.data_size_bytes, built.tree_size_bytes, built.file_size_bytes, built.entries, built.warnings,

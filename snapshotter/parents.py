@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -228,11 +229,24 @@ def _table_above(below: Layer | None, lowers: Sequence[Layer], layer: Layer, fil
     return _packed(parents.merged(carried, files.made(layer), files.cursor(layer), map(files.cursor, lowers)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A layer of a chain, read from the store."""
+
+    files: _Files
+    layer: Layer
+
+    @property
+    def has_table(self) -> bool:
+        return self.layer.has_table
+
+    def made(self) -> Iterator[Record]:
+        return self.files.made(self.layer)
+
+    def cursor(self) -> Cursor:
+        return self.files.cursor(self.layer)
+
+
 def _carried_by(files: _Files, layers: Sequence[Layer]) -> Carried | None:
     """`layers`: the first one first."""
-    carried: Carried | None = None
-    for number, layer in enumerate(layers):
-        if carried is not None or (number and layer.has_table):
-            lowers = map(files.cursor, reversed(layers[:number]))
-            carried = parents.merged(carried, files.made(layer), files.cursor(layer), lowers)
-    return carried
+    return parents.carried_by([_Stored(files, layer) for layer in layers])

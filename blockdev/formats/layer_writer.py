@@ -315,13 +315,18 @@ class _HandedOver:
         return b""
 
 
+def _to_nowhere(data: Buffer) -> None:
+    pass
+
+
 class LayerWriter:
     """One layer in one format.
 
     `write` appends to the layer file behind its head, `write_head` puts that in front (called once,
     last, where the format has one). So each byte is written once. `leaves` holds the leaf digests.
     `read_back` reads what `write` has written: a format that splits the tar needs it, in others some warnings
-    are surer with it. `strict`: a layer that would come out wrong in the guest is refused.
+    are surer with it. `strict`: a layer that would come out wrong in the guest is refused. `skip` takes the place of
+    `write` for the tar and gets sizes; hash tree and trailer are not written then.
 
     Sinks and `finish` raise FormatError, UnsupportedError and LimitExceeded, and what `write` and
     `leaves` raise.
@@ -337,9 +342,11 @@ class LayerWriter:
         limits: Limits,
         read_back: ReadAt | None = None,
         strict: bool = False,
+        skip: Callable[[int], object] | None = None,
     ) -> None:
         self.format = layer_format
         self._write_raw, self._write_head, self._limits, self._strict = write, write_head, limits, strict
+        self._skip = skip
         self._index = index_writer(layer_format, limits, leaves, read_back)
         self._tree = HashTree(leaves, layer_format.params)
         self._writer = VerifiedWriter(write, self._tree, layer_format.params)
@@ -358,14 +365,22 @@ class LayerWriter:
         if self.format.split:
             return (
                 self._split,
-                lambda data: self._writer.store(self._handed_over.take(0)),
+                lambda data: self._store(self._handed_over.take(0)),
                 lambda data: self._writer.hash(self._handed_over.take(1), stream, data),
             )
-        return (self._read, self._writer.store, lambda data: self._writer.hash(data, stream))
+        return (self._read, self._store, lambda data: self._writer.hash(data, stream))
 
     def feed(self, data: Buffer) -> None:
         for sink in self.sinks():
             sink(data)
+
+    def _store(self, data: Buffer) -> None:
+        if self._skip is None:
+            self._writer.store(data)
+        else:
+            size = memoryview(data).nbytes
+            self._skip(size)
+            self._writer.size_bytes += size
 
     def _read(self, data: Buffer) -> Buffer | None:
         self._tar_size_bytes += memoryview(data).nbytes
@@ -393,14 +408,15 @@ class LayerWriter:
             self._tree.replace(0, leaf_digests(index.head, params))
         data_size = writer.size_bytes
         geometry = Geometry(data_size // params.data_block_bytes, params)
-        root_hash = self._tree.write(self._write_raw)
+        write = self._write_raw if self._skip is None else _to_nowhere
+        root_hash = self._tree.write(write)
         if index.head:
             trailer = Trailer(
                 params, data_size, geometry.tree_size_bytes, len(geometry.levels), root_hash, diff_id
             ).pack()
         else:
             trailer = bare_trailer(params, geometry.data_blocks)
-        self._write_raw(bytes(-(data_size + geometry.tree_size_bytes) % ALIGNMENT_BYTES) + trailer)
+        write(bytes(-(data_size + geometry.tree_size_bytes) % ALIGNMENT_BYTES) + trailer)
         if index.head:
             self._write_head(index.head)
         return BuiltLayer(

@@ -12,7 +12,7 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from stat import S_IFDIR
-from typing import Final
+from typing import Final, Protocol
 
 from blockdev.errors import LimitExceeded
 from blockdev.formats import directory_table, erofs
@@ -243,6 +243,26 @@ def merged(below: Carried | None, made: Iterable[Record], own: Cursor, lowers: I
     to the first that shows it. Raises FormatError and LimitExceeded, and what the readers raise.
     """
     return _Merge(own, lowers).run(below, made)
+
+
+class ChainLayer(Protocol):
+    """A layer as its parents layer needs it. `has_table`: it made directories; `made`: that table; `cursor`: into its
+    index, good for one merge."""
+
+    @property
+    def has_table(self) -> bool: ...
+    def made(self) -> Iterable[Record]: ...
+    def cursor(self) -> Cursor: ...
+
+
+def carried_by(layers: Sequence[ChainLayer]) -> Carried | None:
+    """By the parents layer of a whole chain, the first layer first; None where it needs none. Raises as `merged`."""
+    carried: Carried | None = None
+    for number, layer in enumerate(layers):
+        if carried is not None or (number and layer.has_table):
+            lowers = (each.cursor() for each in reversed(layers[:number]))
+            carried = merged(carried, layer.made(), layer.cursor(), lowers)
+    return carried
 
 
 def pack(root: Carried) -> bytes:

@@ -87,6 +87,33 @@ class StagedFile:
                 return
 
 
+class IndexFile:
+    """What is written has its place in a layer file, of which it is all that is kept; the rest are holes."""
+
+    def __init__(self, fd: int, offset_bytes: int) -> None:
+        self._fd, self._offset = fd, offset_bytes
+
+    def skip(self, size: int) -> None:
+        self._offset += size
+
+    def write(self, data: Buffer) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fd, view, self._offset)
+            self._offset += written
+            view = view[written:]
+
+    def write_head(self, data: bytes) -> None:
+        if os.pwrite(self._fd, data, 0) != len(data):
+            raise OSError("short write of the head")
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, size, offset)
+
+    def sync(self) -> None:
+        pass
+
+
 def _fill(fd: int, view: memoryview) -> int:
     size = 0
     while size < len(view):
@@ -155,10 +182,14 @@ class _Blob:
         return digest
 
 
-def _layer_writers(parameters: BuilderParameters) -> Iterator[tuple[StagedFile, LeafStore, LayerWriter]]:
+def _layer_writers(parameters: BuilderParameters) -> Iterator[tuple[StagedFile | IndexFile, LeafStore, LayerWriter]]:
     for output in parameters.outputs:
         layer_format = format_named(output.format)
-        staged = StagedFile(output.staged_fd, layer_format.head_bytes)
+        staged: StagedFile | IndexFile
+        if output.index_only:
+            staged = IndexFile(output.staged_fd, layer_format.head_bytes)
+        else:
+            staged = StagedFile(output.staged_fd, layer_format.head_bytes)
         leaves = LeafStore(threshold_bytes=_LEAVES_IN_MEMORY_BYTES, spool_fd=output.spool_fd)
         yield (
             staged,
@@ -167,10 +198,12 @@ def _layer_writers(parameters: BuilderParameters) -> Iterator[tuple[StagedFile, 
                 layer_format,
                 write=staged.write,
                 write_head=staged.write_head,
-                read_back=staged.read,
+                # A tar that is not there cannot be read; the index, which is all that a split one needs, can.
+                read_back=staged.read if layer_format.split or not output.index_only else None,
                 leaves=leaves,
                 limits=parameters.limits,
                 strict=parameters.strict,
+                skip=staged.skip if isinstance(staged, IndexFile) else None,
             ),
         )
 

@@ -14,13 +14,16 @@ from blockdev.workers.ring import RingEnd
 class Output:
     """One layer file of a build: all three are empty files that can be read and written.
 
-    `table_fd` gets the table of the directories that the layer made, and stays empty without any.
+    `table_fd` gets the table of the directories that the layer made, and stays empty without any. `index_only`: the
+    tar is hashed and not written, nor are hash tree and trailer; what is written is the index, in its place, and it
+    is not durable.
     """
 
     format: str
     staged_fd: int
     spool_fd: int
     table_fd: int | None = None
+    index_only: bool = False
 
     def descriptors(self) -> tuple[int, ...]:
         files = (self.staged_fd, self.spool_fd)

@@ -16,11 +16,19 @@ from typing import Any
 import typer
 
 from snapshotter import config, metastore
-from snapshotter.cli import config_commands, daemon_commands, layer_commands, store_commands, uvm_commands
+from snapshotter.cli import (
+    config_commands,
+    daemon_commands,
+    image_commands,
+    layer_commands,
+    store_commands,
+    uvm_commands,
+)
 from snapshotter.cli.output import AsJSON, ConfigFile, reported, rows
 from snapshotter.metastore import Layer, Snapshot
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(image_commands.app, name="image")
 app.add_typer(layer_commands.app, name="layer")
 app.add_typer(uvm_commands.app, name="uvm")
 app.add_typer(config_commands.app, name="config")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from policy.chain import ChainID, chain_id
+from policy.documents import DOCUMENT_BYTES_MAX, LAYERS_MAX
 from snapshotter import content
 from snapshotter.content import Blob, Caller, ChainIndex, Content
 
@@ -292,14 +293,14 @@ def test_what_is_no_document_is_passed_over(store: Store, data: bytes) -> None:
 @pytest.mark.parametrize("over", [False, True])
 def test_a_document_is_read_up_to_containerds_own_bound(store: Store, over: bool) -> None:
     config = config_text(IDS)
-    config += b" " * (content.DOCUMENT_BYTES_MAX - len(config) + over)
+    config += b" " * (DOCUMENT_BYTES_MAX - len(config) + over)
     store.put(manifest_text(store.put(config), LAYERS))
     assert len(store.candidates(IDS)) == (0 if over else 1)
 
 
 @pytest.mark.parametrize("over", [False, True])
 def test_an_image_has_no_more_than_a_thousand_layers(store: Store, over: bool) -> None:
-    count = content.LAYERS_MAX + over
+    count = LAYERS_MAX + over
     ids = diff_ids_of(*map(str, range(count)))
     store.image(ids, [layer(str(i)) for i in range(count)])
     assert len(store.candidates(ids)) == (0 if over else 1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from policy.documents import host_platform
 from snapshotter import images
 from snapshotter.content import Content
 from snapshotter.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
@@ -23,7 +24,7 @@ INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-HERE = {"os": "linux", "architecture": images.host_platform().architecture}
+HERE = {"os": "linux", "architecture": host_platform().architecture}
 ELSEWHERE = {"os": "linux", "architecture": "s390x"}
 
 
