@@ -16,7 +16,14 @@ from typing import Any
 import typer
 
 from snapshotter import config, metastore
-from snapshotter.cli import config_commands, daemon_commands, layer_commands, store_commands, uvm_commands
+from snapshotter.cli import (
+    config_commands,
+    daemon_commands,
+    layer_commands,
+    sign_commands,
+    store_commands,
+    uvm_commands,
+)
 from snapshotter.cli.output import AsJSON, ConfigFile, reported, rows
 from snapshotter.metastore import Layer, Snapshot
 
@@ -29,6 +36,8 @@ app.command("log-level")(daemon_commands.log_level)
 app.command()(store_commands.fsck)
 app.command()(store_commands.scrub)
 app.command()(store_commands.gc)
+app.command()(sign_commands.sign)
+app.command()(sign_commands.verify)
 
 
 def _database(path: Path | None) -> Path:

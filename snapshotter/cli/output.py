@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockdev.errors import BlockdevError
+from policy.errors import PolicyError
 from snapshotter.errors import ConfigError, SnapshotterError, one_line
 from uvm.errors import UVMError
 from verity.errors import VerityError
@@ -47,7 +48,7 @@ def reported(trouble: int = 1) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]
                 # Who reads has seen enough, as `head` has; the interpreter would complain when it flushes at its end.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise typer.Exit(BROKEN_PIPE_STATUS) from None
-            except (BlockdevError, VerityError, SnapshotterError, ConfigError, UVMError, OSError) as error:
+            except (BlockdevError, VerityError, SnapshotterError, ConfigError, UVMError, PolicyError, OSError) as error:
                 sys.stderr.write(f"tardevctl: {one_line(str(error))}\n")
                 raise typer.Exit(trouble) from None
 
