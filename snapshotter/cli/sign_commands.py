@@ -51,7 +51,9 @@ def _beside(reference: str, plain_http: bool) -> tuple[SignatureRegistry, str]:
     repository, at, digest = reference.partition("@")
     if not at or "/" not in repository or not is_digest(digest):
         raise SignatureError(f"{reference[:200]!r} is not {_IN_REGISTRY}")
-    return SignatureRegistry(repository, Registry(insecure=plain_http)), digest
+    client = Registry(insecure=plain_http)
+    client.auth.load_configs(client.get_container(repository))  # Docker's
+    return SignatureRegistry(repository, client), digest
 
 
 @reported()
