@@ -10,7 +10,7 @@ import pytest
 from policy import signature, signature_store
 from policy.signature_store import SignedImage, SignedLayer
 from tests.conftest import in_every_run
-from tests.harness import ProcessFailed, Registry
+from tests.harness import SNAPSHOTTER, ProcessFailed, Registry
 from tests.integration.conftest import Node, a_node
 from tests.signers import Signer
 
@@ -93,3 +93,21 @@ def test_every_layer_of_an_image_must_be_signed(registry: Registry, images: Path
                 sign_all(node, store / "signatures.json", signer)
         assert refusals > 1
         assert node.containerd.cat(reference, "signed", "/etc/hello").strip()
+
+
+@pytest.mark.soak
+def test_a_layer_that_is_not_downloaded_must_be_signed_too(registry: Registry, images: Path, tmp_path: Path) -> None:
+    signer, store = Signer(tmp_path), tmp_path / "signatures"
+    one, two = (registry.push(images / "hello.tar", f"hello:{name}") for name in ("skip-one", "skip-two"))
+    store.mkdir()
+    extra = (
+        f'[signatures]\nrequired = true\nstore = "{store}"\ncertificates = ["{signer.certificate_path}"]\n'
+        f'[snapshotters.{SNAPSHOTTER}]\ncontract = "host"\nformat = "tar-index"\nskip_download = true\n'
+    )
+    with a_node(tmp_path / "node", "later", extra) as node:
+        refused(node, one)
+        refused(node, two)
+        assert '"method": "Prepare", "code": "FAILED_PRECONDITION"' in node.daemon.log.read_text()
+        sign_all(node, store / "signatures.json", signer)
+        node.containerd.pull(two)
+        assert node.containerd.cat(two, "signed", "/etc/hello").strip()
