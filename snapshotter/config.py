@@ -87,6 +87,12 @@ class Host(_Table, frozen=True):
     verity: Literal["off", "require"] = "off"
 
 
+class Signatures(_Table, frozen=True):
+    required: bool = False
+    certificates: list[str] = []  # msgspec gives each its own
+    store: str = f"{_STATE}/io.containerd.snapshotter.v1.tardev/signatures"
+
+
 class Metrics(_Table, frozen=True):
     address: str = "127.0.0.1:9476"
 
@@ -122,6 +128,7 @@ class Config(_Table, frozen=True):
     cache: Cache = Cache()
     scrub: Scrub = Scrub()
     host: Host = Host()
+    signatures: Signatures = Signatures()
     metrics: Metrics = Metrics()
     log: Log = Log()
     snapshotters: dict[str, SnapshotterName] = msgspec.field(
@@ -182,6 +189,14 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "root must hold no comma, colon or backslash: overlay's mount options cannot name such a path"
         )
+    for key, path in (
+        ("store", config.signatures.store),
+        *(("certificates", p) for p in config.signatures.certificates),
+    ):
+        if not path.startswith("/") or "\0" in path:
+            raise ConfigError(f"signatures.{key}: {path!r} is no absolute path")
+    if config.signatures.required and not config.signatures.certificates:
+        raise ConfigError("signatures.required without signatures.certificates: no layer could be committed")
     if not config.snapshotters or "" in config.snapshotters:
         raise ConfigError("no [snapshotters.NAME], or one without a name: nothing to serve")
     for key, size in (

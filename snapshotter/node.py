@@ -30,6 +30,7 @@ from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Layer, Metastore
 from snapshotter.repair import Repair
 from snapshotter.reserve import Reserve
+from snapshotter.signatures import Signatures
 from snapshotter.snapshots import Named, Snapshots
 from snapshotter.trace import trace
 from snapshotter.trash import Trash
@@ -174,8 +175,11 @@ async def opened(
             unused_seconds=settings.cache.max_age,
         )
         repair = Repair(metastore, store, content, builder)
+        signed = settings.signatures
+        signatures = Signatures(signed.required, [*map(Path, signed.certificates)], Path(signed.store))
+        await signatures.look()
         snapshots = Snapshots(
-            names, metastore, store, directories, builder, content, activation, links, collector, repair
+            names, metastore, store, directories, builder, content, activation, links, collector, repair, signatures
         )
         at_end.push_async_callback(snapshots.close)
         emptying = asyncio.create_task(trash.empty_as_it_comes())

@@ -46,6 +46,7 @@ from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, S
 from snapshotter.names import chain_id_of, is_extraction, last_component, namespace_of
 from snapshotter.repair import Repair
 from snapshotter.sidecars import Sidecars
+from snapshotter.signatures import Signatures
 from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
 from snapshotter.usage import Usage, Use
@@ -86,11 +87,13 @@ class Snapshots:
         links: Links,
         collector: Collector,
         repair: Repair,
+        signatures: Signatures,
     ) -> None:
         self._names = names
         self._metastore, self._store, self._builder = metastore, store, builder
         self._directories, self._activation, self._links = directories, activation, links
         self._collector, self._repair = collector, repair
+        self._signatures = signatures
         formats = {name: named.format for name, named in names.items()}
         self._candidates = Candidates(formats, builder, content)
         self._parents = repair.parents
@@ -148,7 +151,8 @@ class Snapshots:
         self, snapshotter: str, name: str, key: str, parent: str, labels: Mapping[str, str], caller: Caller
     ) -> None:
         """Raises AlreadyExists (name), NotFound, FailedPrecondition (not active; no layer; wrong chain; changes while
-        it is read), InvalidArgument (another parent), and what the build of a layer raises that no Apply has brought.
+        it is read; not signed), InvalidArgument (another parent), and what the build of a layer raises that no Apply
+        has brought.
         """
         if not name:
             raise InvalidArgument("a snapshot cannot be committed without a name")
@@ -176,6 +180,7 @@ class Snapshots:
         if is_digest(promised) and chain != promised:
             below = repr(above.name) if above else "nothing"
             raise FailedPrecondition(f"layer {layer.diff_id} on {below} has the chain ID {chain}, not {promised}")
+        await self._check_signatures(above, layer)
         on_top = await self._on_top(above, layer)
         trace("commit.checked")
         await to_the_end(self._commit(snapshot, name, labels, layer, chain, above, on_top))
@@ -405,7 +410,9 @@ class Snapshots:
             raise failure
 
     async def _skip(self, snapshotter: str, key: str, parent: str, labels: Mapping[str, str]) -> None:
-        """Raises AlreadyExists where a stored layer completes the chain ID: a committed snapshot of ours says so, with
+        """Raises FailedPrecondition where it must be signed and is not.
+
+        Raises AlreadyExists where a stored layer completes the chain ID: a committed snapshot of ours says so, with
         the caller's labels and parent, which containerd looks for and takes (containerd: core/metadata).
 
         Only for an unpacker: a key's form and the label must name the same chain ID, for a pod's annotations can set
@@ -420,6 +427,7 @@ class Snapshots:
         layer = await self._builder.stored(above.chain_id if above else None, chain, self._names[snapshotter].format)
         if layer is None:
             return
+        await self._check_signatures(above, layer)
         if not await self._has_target(snapshotter, parent, chain):
             name = f"{key.rpartition('/')[0]}/{chain}".removeprefix("/")
             if not await to_the_end(self._record(snapshotter, key, name, labels, layer, chain, above)):
@@ -539,6 +547,12 @@ class Snapshots:
                     return await self._sidecars.ensure(layers, layer_format, contract.MIN_LAYERS)
 
         return await self._repairing(ensure)
+
+    async def _check_signatures(self, above: Snapshot | None, layer: Layer) -> None:
+        """Of a layer and of those below it, which may be from before signatures were required. A parents layer is made
+        here, of the directories of these layers and nothing else: it needs none. Raises FailedPrecondition."""
+        below = await self._metastore.chain(above.id) if above else []
+        await self._signatures.check([layer, *(each for each in below if not of_chain(each.format))])
 
     async def _on_top(self, above: Snapshot | None, layer: Layer) -> LayerID | None:
         """The parents layer of a chain. Raises as `Parents.of`."""

@@ -21,6 +21,7 @@ from snapshotter.cli import (
     daemon_commands,
     image_commands,
     layer_commands,
+    sign_commands,
     store_commands,
     uvm_commands,
 )
@@ -37,6 +38,8 @@ app.command("log-level")(daemon_commands.log_level)
 app.command()(store_commands.fsck)
 app.command()(store_commands.scrub)
 app.command()(store_commands.gc)
+app.command()(sign_commands.sign)
+app.command()(sign_commands.verify)
 
 
 def _database(path: Path | None) -> Path:

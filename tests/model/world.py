@@ -42,6 +42,7 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Kind, LayerState, Metastore, Snapshot
 from snapshotter.repair import Repair
+from snapshotter.signatures import Signatures
 from snapshotter.snapshots import Named, Snapshots
 from tests.chains import Made, make
 from tests.model.scheduler import Crash, Loop, owner
@@ -265,8 +266,9 @@ class World:
         collector = Collector(metastore, store, builder, cache_bytes=0, unused_seconds=1e9)
         repair = Repair(metastore, store, content, builder)
         snapshots = Snapshots(
-            NAMES, metastore, store, directories, builder, content, activation, links, collector, repair
-        )
+            NAMES, metastore, store, directories, builder, content, activation, links, collector, repair,
+            Signatures(False, [], root / "signatures"),
+        )  # fmt: skip
         self._parts = _Parts(loop, metastore, store, directories, activation, links, builder, content, snapshots)
         self._changes = -1
         loop.on_crash, loop.on_turn = self._on_crash, self._on_turn
