@@ -30,7 +30,6 @@ from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Layer, Metastore
 from snapshotter.repair import Repair
 from snapshotter.reserve import Reserve
-from snapshotter.signatures import Signatures
 from snapshotter.snapshots import Named, Snapshots
 from snapshotter.trace import trace
 from snapshotter.trash import Trash
@@ -175,9 +174,13 @@ async def opened(
             unused_seconds=settings.cache.max_age,
         )
         repair = Repair(metastore, store, content, builder)
-        signed = settings.signatures
-        signatures = Signatures(signed.required, [*map(Path, signed.certificates)], Path(signed.store))
-        await signatures.look()
+        signatures = None
+        if settings.signatures.required:
+            from snapshotter.signatures import Signatures  # ten megabytes of cryptography, for those who ask for it
+
+            signed = settings.signatures
+            signatures = Signatures([*map(Path, signed.certificates)], Path(signed.store))
+            await signatures.look()
         snapshots = Snapshots(
             names, metastore, store, directories, builder, content, activation, links, collector, repair, signatures
         )

@@ -42,8 +42,8 @@ class _Read(Generic[_T]):
 
 
 class Signatures:
-    def __init__(self, required: bool, certificates: Sequence[Path], store: Path) -> None:
-        self._required, self._certificates, self._store = required, certificates, store
+    def __init__(self, certificates: Sequence[Path], store: Path) -> None:
+        self._certificates, self._store = certificates, store
         self._trusted: _Read[list[x509.Certificate]] = _Read()
         self._signed: _Read[dict[str, list[bytes]]] = _Read()
         self._reading = threading.Lock()
@@ -51,13 +51,11 @@ class Signatures:
 
     async def look(self) -> None:
         """At the start: what is broken is said then, not with the first pull."""
-        if self._required:
-            await asyncio.to_thread(self._read)
+        await asyncio.to_thread(self._read)
 
     async def check(self, layers: Sequence[Layer]) -> None:
         """Raises FailedPrecondition for the first that has no good signature."""
-        if self._required:
-            await asyncio.to_thread(self._check, layers)
+        await asyncio.to_thread(self._check, layers)
 
     def _check(self, layers: Sequence[Layer]) -> None:
         with self._reading:

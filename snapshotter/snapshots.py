@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from blockdev.formats.compression import MEDIA_TYPES
 from blockdev.formats.layer_file import of_chain
@@ -46,10 +46,12 @@ from snapshotter.metastore import Kind, Layer, LayerID, LayerState, Metastore, S
 from snapshotter.names import chain_id_of, is_extraction, last_component, namespace_of
 from snapshotter.repair import Repair
 from snapshotter.sidecars import Sidecars
-from snapshotter.signatures import Signatures
 from snapshotter.tasks import Background, to_the_end
 from snapshotter.trace import trace
 from snapshotter.usage import Usage, Use
+
+if TYPE_CHECKING:
+    from snapshotter.signatures import Signatures
 
 _T = TypeVar("_T")
 
@@ -87,7 +89,7 @@ class Snapshots:
         links: Links,
         collector: Collector,
         repair: Repair,
-        signatures: Signatures,
+        signatures: Signatures | None,
     ) -> None:
         self._names = names
         self._metastore, self._store, self._builder = metastore, store, builder
@@ -551,6 +553,8 @@ class Snapshots:
     async def _check_signatures(self, above: Snapshot | None, layer: Layer) -> None:
         """Of a layer and of those below it, which may be from before signatures were required. A parents layer is made
         here, of the directories of these layers and nothing else: it needs none. Raises FailedPrecondition."""
+        if self._signatures is None:
+            return
         below = await self._metastore.chain(above.id) if above else []
         await self._signatures.check([layer, *(each for each in below if not of_chain(each.format))])
 

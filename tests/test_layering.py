@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,3 +75,13 @@ def test_only_the_edge_knows_grpc() -> None:
         tops = {name.partition(".")[0] for name in imports(path)}
         if part not in GRPC:
             assert not tops & {"grpc", "grpc_health", "google"}, path
+
+
+def test_the_daemon_does_not_load_what_few_ask_for() -> None:
+    """Its memory is that of a node with thousands of pods."""
+    heavy = "{'cryptography', 'oras', 'regopy', 'requests', 'ruamel', 'typer', 'aiohttp'}"
+    subprocess.run(
+        [sys.executable, "-c", f"import sys, snapshotter.daemon; assert not {heavy} & set(sys.modules), sys.modules"],
+        check=True,
+        cwd=ROOT,
+    )

@@ -42,7 +42,6 @@ from snapshotter.layerstore import LayerStore
 from snapshotter.links import Links
 from snapshotter.metastore import FILE_NAME, Kind, LayerState, Metastore, Snapshot
 from snapshotter.repair import Repair
-from snapshotter.signatures import Signatures
 from snapshotter.snapshots import Named, Snapshots
 from tests.chains import Made, make
 from tests.model.scheduler import Crash, Loop, owner
@@ -267,7 +266,7 @@ class World:
         repair = Repair(metastore, store, content, builder)
         snapshots = Snapshots(
             NAMES, metastore, store, directories, builder, content, activation, links, collector, repair,
-            Signatures(False, [], root / "signatures"),
+            None,
         )  # fmt: skip
         self._parts = _Parts(loop, metastore, store, directories, activation, links, builder, content, snapshots)
         self._changes = -1

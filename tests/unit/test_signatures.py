@@ -24,7 +24,7 @@ class Place:
     def __init__(self, directory: Path) -> None:
         self.signer, self.store = Signer(directory), directory / "store"
         self.store.mkdir()
-        self.signatures = Signatures(True, [self.signer.certificate_path], self.store)
+        self.signatures = Signatures([self.signer.certificate_path], self.store)
 
     def sign(self, name: str, layer: Layer = LAYER) -> None:
         der = signature.sign(layer.root_hash, self.signer.key, self.signer.certificate)
@@ -80,7 +80,3 @@ async def test_what_is_no_file_and_what_is_too_much(place: Place, monkeypatch: p
     await place.signatures.check([LAYER])
     monkeypatch.setattr(signatures, "BYTES_MAX", 10)
     assert "broken" in await place.refused()
-
-
-async def test_nothing_is_asked_where_signatures_are_not_required(tmp_path: Path) -> None:
-    await Signatures(False, [tmp_path / "none"], tmp_path / "none").check([LAYER])
