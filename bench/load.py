@@ -162,7 +162,8 @@ def full_store(directory: Path, found: Found, *, layers: int, snapshots: int, ca
         started.append(_start(daemon))
         daemon.stop()
     _start(daemon)
-    found.at_most("from start to the first answer", START_MAX, min(started), "s", 1)
+    found.at_most("from start to an answer of the socket", START_MAX, min(first for first, _ in started), "s", 1)
+    found.facts.append(f"from start to the first answer about a snapshot: {min(last for _, last in started):.2f} s")
     try:
         with connected(daemon) as service:
             _one_client(service, daemon, found, stored.images, calls)
@@ -178,16 +179,24 @@ def full_store(directory: Path, found: Found, *, layers: int, snapshots: int, ca
     return stored
 
 
-def _start(daemon: Daemon) -> float:
-    """Seconds until a call is answered."""
+def _start(daemon: Daemon) -> tuple[float, float]:
+    """Seconds until the socket answers: an Apply that is another snapshotter's, which waits for no recovery; and until
+    a call is answered that does."""
+    foreign = [types_pb2.Mount(type="bind", source="/var/lib/elsewhere", options=["rw"])]
     started = time.monotonic()
-    daemon.restart()
-    # Not by the log, which says it a moment later: what containerd waits for is the answer.
-    with connected(daemon) as service, suppress(grpc.RpcError):
-        service.snapshots.Stat(
-            snapshots_pb2.StatSnapshotRequest(snapshotter=HOST, key="none"), wait_for_ready=True, timeout=60
-        )
-    return time.monotonic() - started
+    with daemon.log.open("a") as log:
+        log.write("reset\n")
+    daemon.address.unlink(missing_ok=True)
+    daemon.launch()
+    # Before that a client's own back-off would be measured.
+    wait_for("the socket", daemon.address.exists)
+    with connected(daemon) as service:
+        with suppress(grpc.RpcError):
+            service.diff.Apply(diff_pb2.ApplyRequest(mounts=foreign), wait_for_ready=True, timeout=60)
+        answered = time.monotonic() - started
+        with suppress(grpc.RpcError):
+            service.snapshots.Stat(snapshots_pb2.StatSnapshotRequest(snapshotter=HOST, key="none"), timeout=60)
+    return answered, time.monotonic() - started
 
 
 def _one_client(service: Service, daemon: Daemon, found: Found, images: list[str], calls: int) -> None:
