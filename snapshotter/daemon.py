@@ -84,12 +84,12 @@ async def run(settings: Config) -> None:
         bound = listener.bind(Path(settings.address))
         serving.callback(bound.release)
         await _serve(serving, bound, waiting, healthy, settings.builds.timeout)
-
-    started = time.monotonic()
-    try:
         if settings.metrics.address:
             pages = {"/metrics": _metrics_page(waiting, settings)}
             serving.callback(Web(settings.metrics.address, pages).close)
+
+    started = time.monotonic()
+    try:
         async with opened(settings, bind=bind) as node, serving:
             for name, chosen in settings.snapshotters.items():
                 if chosen.skip_download:

@@ -93,6 +93,7 @@ def chain(images: Path) -> str:
 
 
 @pytest.mark.soak
+@pytest.mark.soak
 def test_containerds_is_lost(later_node: Node, images: Path, tmp_path: Path) -> None:
     """It counts its keys from one again, and meets ours: a Commit that ends in ALREADY_EXISTS its unpacker takes for
     done, and its own record of the snapshot is missing, at each pull. Its collector removes what it does not know."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import in_every_run
 from tests.harness import CHECKOUT, SNAPSHOTTER, Daemon, ProcessFailed, wait_for
 from tests.integration.test_damage import fsck
 from tests.integration.test_snapshots_api import Api, Code, chain_of, refused, tar_of
@@ -99,6 +100,7 @@ def test_they_move(daemon: Daemon) -> None:
     assert after["tardev_layers_unused"] == {"": 0}
 
 
+@pytest.mark.soak
 def test_joined_and_waiting_builds_are_seen(daemon: Daemon) -> None:
     """Three of one blob, and three more, with two workers."""
     daemon.stop()
@@ -118,6 +120,7 @@ def test_joined_and_waiting_builds_are_seen(daemon: Daemon) -> None:
     assert found["tardev_builds_joined_total"][""] + found["tardev_builds_cached_total"][""] == 2
 
 
+@pytest.mark.soak
 def test_deleted_and_unused_layers(daemon: Daemon) -> None:
     daemon.stop()
     daemon.config.write_text(daemon.config.read_text() + '\n[cache]\nmax_size = "1GiB"\n')
@@ -196,7 +199,9 @@ def test_a_unix_socket_and_nothing_else_on_it(daemon: Daemon) -> None:
     assert not address.exists()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:99999", "nonsense", "unix:/proc/none/s.sock", "unix:"])
+@pytest.mark.parametrize(
+    "address", in_every_run(["127.0.0.1:99999", "nonsense", "unix:/proc/none/s.sock", "unix:"], "nonsense".__eq__)
+)
 def test_an_address_that_cannot_be_served_is_refused_by_its_key(daemon: Daemon, address: str) -> None:
     daemon.stop()
     daemon.config.write_text(re.sub(r"(?<=\[metrics\]\naddress = ).*", f'"{address}"', daemon.config.read_text()))
