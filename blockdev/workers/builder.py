@@ -37,21 +37,11 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-class StagedFile:
-    """Sequential writes to a descriptor, synced piece by piece on a thread of its own.
-
-    So the disk writes, and flushes its cache, while the build still computes: at the end little is
-    left to wait for.
-    """
+class _Sequential:
+    """Written from an offset on; what stands in front of that is written last."""
 
     def __init__(self, fd: int, offset_bytes: int) -> None:
-        """`offset_bytes`: what stands in front of it is written last."""
-        self._fd = fd
-        self._offset = self._handed_over = offset_bytes
-        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._sync_early, daemon=True)
-        self._thread.start()
+        self._fd, self._offset = fd, offset_bytes
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data)
@@ -59,9 +49,6 @@ class StagedFile:
             written = os.pwrite(self._fd, view, self._offset)
             self._offset += written
             view = view[written:]
-        if self._offset - self._handed_over >= _SYNCED_AT_ONCE_BYTES:
-            self._requests.put(True)
-            self._handed_over = self._offset
 
     def write_head(self, data: bytes) -> None:
         if os.pwrite(self._fd, data, 0) != len(data):
@@ -69,6 +56,28 @@ class StagedFile:
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._fd, size, offset)
+
+
+class StagedFile(_Sequential):
+    """Sequential writes to a descriptor, synced piece by piece on a thread of its own.
+
+    So the disk writes, and flushes its cache, while the build still computes: at the end little is
+    left to wait for.
+    """
+
+    def __init__(self, fd: int, offset_bytes: int) -> None:
+        super().__init__(fd, offset_bytes)
+        self._handed_over = offset_bytes
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._sync_early, daemon=True)
+        self._thread.start()
+
+    def write(self, data: Buffer) -> None:
+        super().write(data)
+        if self._offset - self._handed_over >= _SYNCED_AT_ONCE_BYTES:
+            self._requests.put(True)
+            self._handed_over = self._offset
 
     def sync(self) -> None:
         """All of it is on the disk when this returns. Raises OSError."""
@@ -87,28 +96,11 @@ class StagedFile:
                 return
 
 
-class IndexFile:
+class IndexFile(_Sequential):
     """What is written has its place in a layer file, of which it is all that is kept; the rest are holes."""
-
-    def __init__(self, fd: int, offset_bytes: int) -> None:
-        self._fd, self._offset = fd, offset_bytes
 
     def skip(self, size: int) -> None:
         self._offset += size
-
-    def write(self, data: Buffer) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._fd, view, self._offset)
-            self._offset += written
-            view = view[written:]
-
-    def write_head(self, data: bytes) -> None:
-        if os.pwrite(self._fd, data, 0) != len(data):
-            raise OSError("short write of the head")
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._fd, size, offset)
 
     def sync(self) -> None:
         pass
