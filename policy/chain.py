@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Final, NewType
 
 ChainID = NewType("ChainID", str)  # "sha256:" and 64 hexadecimal digits
@@ -20,6 +21,14 @@ def chain_id(parent: ChainID | None, diff_id: str) -> ChainID:
     if parent is None:
         return ChainID(diff_id)
     return ChainID("sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode("ascii")).hexdigest())
+
+
+def chain_ids(diff_ids: Iterable[str]) -> tuple[ChainID, ...]:
+    """Of each layer with those below it, the first one first."""
+    found: list[ChainID] = []
+    for diff_id in diff_ids:
+        found.append(chain_id(found[-1] if found else None, diff_id))
+    return tuple(found)
 
 
 def layer_name(chain: ChainID) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockdev.formats.layer_file import format_named
-from policy.chain import ChainID, chain_id
+from policy.chain import ChainID, chain_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,4 @@ class HashedImage:
 
     def chain_ids(self) -> tuple[ChainID, ...]:
         """Of each layer with those below it, the first one first."""
-        found: list[ChainID] = []
-        for layer in self.layers:
-            found.append(chain_id(found[-1] if found else None, layer.diff_id))
-        return tuple(found)
+        return chain_ids(layer.diff_id for layer in self.layers)

@@ -23,7 +23,7 @@ from blockdev.small_layer import write_layer
 from blockdev.workers.launch import BuildRecord, BuildRequest, run_build
 from blockdev.workers.parameters import Output
 from policy.cache import Cache
-from policy.chain import ChainID, chain_id
+from policy.chain import ChainID, chain_ids
 from policy.documents import ImageDocuments, LayerBlob, Platform, Process
 from policy.errors import ImageError
 from policy.hashed import HashedImage, HashedLayer
@@ -153,11 +153,7 @@ class _Work:
         return len(self._built) == len(self._formats) * len({layer.diff_id for layer in self._image.layers})
 
     def _chain(self) -> ChainID:
-        chain: ChainID | None = None
-        for layer in self._image.layers:
-            chain = chain_id(chain, layer.diff_id)
-        assert chain is not None
-        return chain
+        return chain_ids(layer.diff_id for layer in self._image.layers)[-1]
 
     async def _sample(self, progress: Progress, total: int | None) -> None:
         while True:

@@ -9,7 +9,6 @@ the list of referrers as an index under a tag made of the subject's digest (OCI 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from contextlib import closing
 from typing import Any, Final
@@ -19,6 +18,7 @@ import requests
 from oras.provider import Registry
 
 from policy.chain import is_digest
+from policy.documents import digest_of
 from policy.errors import RegistryError, SignatureError
 from policy.signature_store import SignedImage, SignedLayer, signed_layer
 
@@ -48,7 +48,7 @@ class SignatureRegistry:
         Raises RegistryError. The list is written last: what fails before it leaves blobs that nothing names.
         """
         raw, media_type = self._manifest(subject)
-        if _sha256(raw) != subject:
+        if digest_of(raw) != subject:
             raise RegistryError(f"{self._repository}@{subject}: the registry sent other bytes")
         layers = []
         for layer in image.layers:
@@ -74,7 +74,7 @@ class SignatureRegistry:
                 "annotations": annotations,
             }
         )
-        digest = _sha256(manifest)
+        digest = digest_of(manifest)
         answer = self._put_manifest(digest, manifest, _MANIFEST_TYPE)
         if answer.headers.get("OCI-Subject") != subject:
             tag = subject.replace(":", "-")
@@ -110,7 +110,7 @@ class SignatureRegistry:
         if not is_digest(digest):
             raise RegistryError(f"{where}: no digest")
         raw, _ = self._manifest(digest)
-        if _sha256(raw) != digest:
+        if digest_of(raw) != digest:
             raise RegistryError(f"{where}: the registry sent other bytes")
         try:
             manifest = json.loads(raw)
@@ -153,7 +153,7 @@ class SignatureRegistry:
 
     def _blob(self, raw: bytes, media_type: str) -> dict[str, Any]:
         """Its descriptor, once it is there."""
-        digest = _sha256(raw)
+        digest = digest_of(raw)
         with closing(self._request("HEAD", f"{self._base}/blobs/{digest}")) as there:
             known = there.status_code == 200
         if not known:
@@ -197,7 +197,3 @@ def _referrers(raw: bytes) -> list[dict[str, Any]]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _sha256(raw: bytes) -> str:
-    return "sha256:" + hashlib.sha256(raw).hexdigest()

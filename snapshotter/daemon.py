@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tardev-snapshotter`: the parts wired together, started and stopped."""
+"""`tardev-snapshotter`: a node served, from start to stop."""
 
 from __future__ import annotations
 

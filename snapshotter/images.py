@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from policy import documents
-from policy.chain import ChainID, chain_id, is_digest
+from policy.chain import ChainID, chain_ids, is_digest
 from policy.documents import (
     DEPTH_MAX,
     DOCUMENT_BYTES_MAX,
@@ -60,11 +60,7 @@ class Image:
 
     def chain_id(self) -> ChainID:
         """Of the whole image: the name of its topmost committed snapshot."""
-        chain: ChainID | None = None
-        for diff_id in self.diff_ids:
-            chain = chain_id(chain, diff_id)
-        assert chain is not None
-        return chain
+        return chain_ids(self.diff_ids)[-1]
 
 
 async def from_containerd(content: Content, reference: str, caller: Caller) -> Image:

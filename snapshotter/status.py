@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from snapshotter.config import Config, parse_size
 from snapshotter.figures import Figures
 
-_LATE: int = 2  # intervals of the scrub, after which a layer should have been read long ago
+_LATE: Final = 2  # intervals of the scrub, after which a layer should have been read long ago
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
+from policy.documents import host_platform
 from snapshotter import config, fragments
 from snapshotter.cli.output import ConfigFile, reported
 from snapshotter.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Configuration: the daemon's, and what containerd needs of it.")
-
-# As containerd spells what uname(2) says (Go: GOARCH).
-_ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 @app.command()
@@ -30,10 +27,9 @@ def containerd(
     config_file: ConfigFile = None,
 ) -> None:
     """Print what to merge into containerd's configuration, for the snapshotters that the daemon has."""
-    machine = platform.machine()
     settings = config.of_the_node(config_file)
     wanted = fragments.version_of(version or _installed())
-    sys.stdout.write(fragments.fragment(wanted, settings, on or f"linux/{_ARCHITECTURES.get(machine, machine)}"))
+    sys.stdout.write(fragments.fragment(wanted, settings, on or str(host_platform())))
 
 
 def _installed() -> str:
